@@ -1,0 +1,180 @@
+"""A layer's factors: a chain of small convolutions whose product stands for one weight.
+
+A `Stage` is one Conv of the chain, a `Factors` the whole chain; it proves itself: the stages
+must fit together and have the channels and kernel of the weight they replace. `Moments` are the
+mean and the centred second moment of the layer's input patches, on which the forms are fitted.
+No ONNX here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxneutrino.plan import Array, Form, Geometry
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One convolution of a chain: weight `(O, I/groups, kh, kw)`."""
+
+    weight: Array
+    groups: int = 1
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Kernel height and width."""
+        return self.weight.shape[2], self.weight.shape[3]
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Input and output channels."""
+        return self.weight.shape[1] * self.groups, self.weight.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A chain of stages and the bias of its last one.
+
+    Attributes:
+        form: which factorization.
+        ranks: `(r,)`, or `(r1, r2)` for tucker2.
+        stages: in the order in which they run.
+        bias: `(O,)`, added by the last stage.
+        error: relative squared output error on the calibration moments,
+            `E|y - y'|² / E|y - mean y|²`, without units.
+    """
+
+    form: Form
+    ranks: tuple[int, ...]
+    stages: tuple[Stage, ...]
+    bias: Array
+    error: float = float("nan")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where the stages do not chain."""
+        for before, after in zip(self.stages, self.stages[1:], strict=False):
+            if before.channels[1] != after.channels[0]:
+                raise ValueError(
+                    f"{self.form}: a stage gives {before.channels[1]} channels, the next takes {after.channels[0]}"
+                )
+        if self.bias.shape != (self.stages[-1].channels[1],):
+            raise ValueError(f"{self.form}: bias {self.bias.shape} for {self.stages[-1].channels[1]} outputs")
+
+    @property
+    def params(self) -> int:
+        """Elements of all stages and the bias."""
+        return sum(stage.weight.size for stage in self.stages) + self.bias.size
+
+    def product(self) -> Array:
+        """The weight `(O, I, kh, kw)` that the chain is equal to."""
+        return chain_product(self.stages)
+
+
+def chain_product(stages: Sequence[Stage]) -> Array:
+    """Weight `(O, I, kh, kw)` of the one convolution that equals `stages` run one after the other.
+
+    Kernels multiply out as full convolutions: heights and widths add up (kh1 + kh2 - 1).
+    """
+    total: Array | None = None
+    for stage in stages:
+        weight = dense(stage)
+        total = weight if total is None else _compose(total, weight)
+    if total is None:
+        raise ValueError("a chain needs at least one stage")
+    return total
+
+
+def dense(stage: Stage) -> Array:
+    """Weight `(O, I, kh, kw)` of a grouped stage with its zeros written out."""
+    if stage.groups == 1:
+        return stage.weight
+    outputs, per_group, kh, kw = stage.weight.shape
+    full = np.zeros((outputs, per_group * stage.groups, kh, kw), stage.weight.dtype)
+    block = outputs // stage.groups
+    for group in range(stage.groups):
+        rows = slice(group * block, (group + 1) * block)
+        full[rows, group * per_group : (group + 1) * per_group] = stage.weight[rows]
+    return full
+
+
+def _compose(first: Array, second: Array) -> Array:
+    """Kernel of `second` after `first`: correlation of correlations is correlation with the convolved kernel."""
+    _, inputs, h1, w1 = first.shape
+    outputs, _, h2, w2 = second.shape
+    total = np.zeros((outputs, inputs, h1 + h2 - 1, w1 + w2 - 1), np.result_type(first, second))
+    for row in range(h2):
+        for column in range(w2):
+            total[:, :, row : row + h1, column : column + w1] += np.einsum(
+                "om,mihw->oihw", second[:, :, row, column], first, optimize=True
+            )
+    return total
+
+
+def stage_geometries(stages: Sequence[Stage], geometry: Geometry) -> list[Geometry]:
+    """Geometry of each stage of a chain that replaces a layer with `geometry`.
+
+    On each axis, stride, padding and dilation go to the first stage whose kernel covers that axis; where the
+    layer's kernel is 1 on an axis (so no stage covers it), to the first stage.
+    """
+    taken = []
+    for axis in (0, 1):
+        covering = [index for index, stage in enumerate(stages) if stage.kernel[axis] > 1]
+        taken.append(covering[0] if covering else 0)
+    result = []
+    for index, stage in enumerate(stages):
+        rows, columns = taken[0] == index, taken[1] == index
+        top, left, bottom, right = geometry.pads
+        result.append(
+            Geometry(
+                kernel=stage.kernel,
+                strides=(geometry.strides[0] if rows else 1, geometry.strides[1] if columns else 1),
+                pads=(top * rows, left * columns, bottom * rows, right * columns),
+                dilations=(geometry.dilations[0] if rows else 1, geometry.dilations[1] if columns else 1),
+            )
+        )
+    return result
+
+
+def chain_macs(stages: Sequence[Stage], geometry: Geometry, size: tuple[int, int]) -> int:
+    """Multiply-accumulates of the chain for one input map of `size` (height, width)."""
+    total = 0
+    for stage, own in zip(stages, stage_geometries(stages, geometry), strict=True):
+        size = own.output_size(*size)
+        total += size[0] * size[1] * stage.weight.size
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean and centred second moment of a layer's input patches, `D = I·kh·kw` in the order of the weight.
+
+    Exactly one of `sigma` (`D × D`) and `rows` (`n × D`, centred) is given; `rows` stands for
+    `sigma = rowsᵀ rows / n` and is the smaller of the two while `n < D`.
+    """
+
+    mean: Array
+    count: int
+    sigma: Array | None = None
+    rows: Array | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless exactly one of `sigma` and `rows` is there."""
+        if (self.sigma is None) == (self.rows is None):
+            raise ValueError("moments need sigma or rows, and not both")
+
+    def times(self, left: Array) -> Array:
+        """`left · Σ` for `left` of shape `(m, D)`."""
+        if self.sigma is not None:
+            return left @ self.sigma
+        assert self.rows is not None
+        return np.asarray((left @ self.rows.T) @ (self.rows / np.float32(self.count)), dtype=np.float32)
+
+    def matrix(self) -> Array:
+        """Σ as a `D × D` matrix."""
+        if self.sigma is not None:
+            return self.sigma
+        assert self.rows is not None
+        return np.asarray(self.rows.T @ (self.rows / np.float32(self.count)), dtype=np.float32)

@@ -1,0 +1,116 @@
+"""What a network's layers are and what becomes of each: the composed list of the paper's conductor.
+
+A `Layer` is a Conv, Gemm or MatMul seen as one linear map on patches, `y = W x + b`, with
+`W` of shape `(O, I, kh, kw)`; everything the numerics need is in it and nothing of ONNX.
+A `Frozen` is a layer that stays as it is, with the reason. A `Plan` maps the name of every
+layer that is factorized to its form and ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[np.float32]
+Kind: TypeAlias = Literal["conv2d", "conv1d", "gemm", "matmul", "map"]
+Form: TypeAlias = Literal["svd", "channel", "input", "spatial_hv", "spatial_vh", "tucker2", "cp"]
+
+FORMS: tuple[Form, ...] = ("svd", "channel", "input", "spatial_hv", "spatial_vh", "tucker2", "cp")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a patch is taken from a map, axes (H, W); a 1-D Conv has kernel `(k, 1)`, a Gemm `(1, 1)`.
+
+    `pads` is in ONNX order: top, left, bottom, right.
+    """
+
+    kernel: tuple[int, int] = (1, 1)
+    strides: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilations: tuple[int, int] = (1, 1)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output map for an input map of `height` × `width` (ONNX Conv)."""
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.strides, self.dilations
+        top, left, bottom, right = self.pads
+        return (
+            (height + top + bottom - dh * (kh - 1) - 1) // sh + 1,
+            (width + left + right - dw * (kw - 1) - 1) // sw + 1,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One optimizable linear layer of the graph.
+
+    Attributes:
+        name: name of the Conv, Gemm or MatMul node, unique in the graph.
+        op: its ONNX operator.
+        kind: how the chain is written back. `conv2d`, `conv1d`: Conv nodes. `gemm`: Gemm nodes on an
+            `(N, I)` matrix. `matmul`: MatMul nodes on a `(..., I)` tensor, and an Add. `map`: a Gemm or
+            MatMul behind a Flatten or Reshape of a C×H×W map, written as Conv nodes on that map (kernel
+            = the whole map, no padding) and a Flatten to `(N, O)`.
+        input: tensor the chain reads: `(N, I, H, W)`, `(N, I, L)`, `(N, I)` or `(..., I)`.
+        output: tensor the chain writes: the node's own output, or that of the Add which holds its bias.
+        nodes: names of the nodes the chain replaces.
+        weight: `(O, I, kh, kw)` float32, `y = W x + b`, alpha and beta of a Gemm multiplied in.
+        bias: `(O,)` float32, zeros where there is none.
+        geometry: kernel, strides, pads and dilations.
+        input_size: height and width of the input map at the model's own size (1, 1 for gemm and matmul).
+        positions: output positions of one example: Ho·Wo, or the product of a MatMul's inner dimensions.
+        weight_shape: shape of the weight as it stands in the graph.
+        half: the weight is float16 in the graph.
+        initializers: names of weight and bias tensors in the graph, for looking trained values up.
+    """
+
+    name: str
+    op: str
+    kind: Kind
+    input: str
+    output: str
+    nodes: tuple[str, ...]
+    weight: Array
+    bias: Array
+    geometry: Geometry
+    input_size: tuple[int, int]
+    positions: int
+    weight_shape: tuple[int, ...]
+    half: bool = False
+    initializers: tuple[str, ...] = ()
+
+    @property
+    def params(self) -> int:
+        """Elements of weight and bias (`O` for a layer without bias too: its chain gets one)."""
+        return self.weight.size + self.bias.size
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one example: `positions · O · I · kh · kw`."""
+        return self.positions * self.weight.size
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A Conv, Gemm or MatMul that stays as it is, and why."""
+
+    name: str
+    op: str
+    weight_shape: tuple[int, ...]
+    params: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Form and ranks of one layer: `(r,)`, or `(r1, r2)` for `tucker2`."""
+
+    form: Form
+    ranks: tuple[int, ...]
+
+
+Plan: TypeAlias = Mapping[str, Choice]

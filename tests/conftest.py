@@ -1,0 +1,20 @@
+"""Shared by all tests: the import path, and where the real models and data lie, when they are there."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# `python -m pytest` puts the checkout on the path, where onnxneutrino/ lies without its passes.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("real models and data (../shared) are not on this machine")
+    return SHARED
