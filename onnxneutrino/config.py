@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from onnxneutrino.errors import UsageError
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 OBJECTIVES = ("params", "macs", "size", "memory", "latency")
 TRAINERS = ("ort", "reconstruct", "none")
@@ -96,37 +96,18 @@ def load_config(model_path: Path | None, overrides: Mapping[str, Any]) -> Config
     Raises:
         UsageError: a file that is not TOML, an unknown table or key, or a value out of range.
     """
-    tables: dict[str, Any] = {}
-    base = Path(".")
-    source = "the command line"
-    if model_path is not None and toml_path(model_path).is_file():
-        path = toml_path(model_path)
-        base, source = path.parent, str(path)
-        try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-            raise UsageError(f"{path}: cannot be read as TOML: {error}") from error
-    for table in tables:
-        if table not in ("data", "metric", "compress") or not isinstance(tables[table], dict):
-            raise UsageError(
-                f"{source}: unknown entry '{table}'; the tables are [data], [metric] and [compress]"
-            )
+    tables, base, source = _read_toml(model_path)
     data = _fields(tables.get("data", {}), DataConfig, source, "data", hidden=("base",))
-    metric = dict(tables.get("metric", {}))
-    for key in metric:
+    hidden = ("data", "metric", "metric_base", "dry_run")
+    top = _fields(tables.get("compress", {}), Config, source, "compress", hidden=hidden)
+    for key, value in tables.get("metric", {}).items():
         if key != "name":
             raise UsageError(f"{source}: unknown key '{key}' in [metric]; the only one is 'name'")
-    top = _fields(
-        tables.get("compress", {}),
-        Config,
-        source,
-        "compress",
-        hidden=("data", "metric", "metric_base", "dry_run"),
-    )
+        top["metric"] = value
     data["base"] = top["metric_base"] = base
-    if "name" in metric:
-        top["metric"] = metric["name"]
+    sources = dict.fromkeys((*data, *top), source)
     data_names = {f.name for f in dataclasses.fields(DataConfig)}
+    top_names = {f.name for f in dataclasses.fields(Config)} - {"data"}
     for key, value in overrides.items():
         if value is None:
             continue
@@ -134,16 +115,36 @@ def load_config(model_path: Path | None, overrides: Mapping[str, Any]) -> Config
             data["path"], data["base"] = str(value), Path(".")
         elif key in data_names:
             data[key] = value
-        else:
+        elif key in top_names:
             top[key] = value
             if key == "metric":
                 top["metric_base"] = Path(".")
-    return _checked(data, top, source)
+        else:
+            raise UsageError(f"unknown option '{key}'; known are {', '.join(sorted(data_names | top_names))}")
+        sources["path" if key == "data" else key] = "the command line"
+    _check(data, sources)
+    _check(top, sources)
+    if not top.get("threads"):
+        top["threads"] = available_cores()
+    return Config(data=DataConfig(**data), **top)
 
 
-def _fields(
-    table: Mapping[str, Any], kind: type, source: str, name: str, hidden: tuple[str, ...]
-) -> dict[str, Any]:
+def _read_toml(model_path: Path | None) -> tuple[dict[str, Any], Path, str]:
+    """The tables of the model's TOML file, the directory it is in, and what to call it in messages."""
+    if model_path is None or not toml_path(model_path).is_file():
+        return {}, Path("."), "the command line"
+    path = toml_path(model_path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path}: cannot be read as TOML: {error}") from error
+    for name, table in tables.items():
+        if name not in ("data", "metric", "compress") or not isinstance(table, dict):
+            raise UsageError(f"{path}: unknown entry '{name}'; the tables are [data], [metric] and [compress]")
+    return tables, path.parent, str(path)
+
+
+def _fields(table: Mapping[str, Any], kind: type, source: str, name: str, hidden: tuple[str, ...]) -> dict[str, Any]:
     """The table's values, its keys checked against the fields of `kind`; hyphens count as underscores."""
     known = [f.name for f in dataclasses.fields(kind) if f.name not in hidden]
     values = {}
@@ -152,54 +153,6 @@ def _fields(
             raise UsageError(f"{source}: unknown key '{key}' in [{name}]; known are {', '.join(known)}")
         values[key.replace("-", "_")] = value
     return values
-
-
-def _checked(data: dict[str, Any], top: dict[str, Any], source: str) -> Config:
-    for key in ("mean", "std"):
-        if key in data:
-            data[key] = tuple(_number(v, key, source) for v in _sequence(data[key]))
-    if any(v == 0 for v in data.get("std", ())):
-        raise UsageError(f"{source}: std holds a zero; every channel needs a positive value")
-    if "augment" in data:
-        data["augment"] = tuple(str(v) for v in _sequence(data["augment"]))
-    for name in data.get("augment", ()):
-        _choice(name, AUGMENTATIONS, "augment", source)
-    if "layout" in data:
-        _choice(data["layout"], LAYOUTS, "layout", source)
-    if "scale" in data:
-        data["scale"] = _number(data["scale"], "scale", source)
-    if not isinstance(data.get("path", ""), str):
-        raise UsageError(f"{source}: path must be a string, got {data['path']!r}")
-    validation = data.get("validation", 0.1)
-    if validation != "file":
-        data["validation"] = _number(validation, "validation", source)
-        if not 0 <= data["validation"] < 1:
-            raise UsageError(
-                f"{source}: validation must be a share from 0 to below 1, or 'file', got {validation}"
-            )
-    for key in ("exclude", "only"):
-        if key in top:
-            top[key] = tuple(str(v) for v in _sequence(top[key]))
-    _choice(top.get("objective", "params"), OBJECTIVES, "objective", source)
-    _choice(top.get("trainer", "ort"), TRAINERS, "trainer", source)
-    _choice(top.get("stage", 2), (1, 2), "stage", source)
-    if isinstance(top.get("time_limit"), str):
-        top["time_limit"] = parse_duration(top["time_limit"])
-    for key in ("delta", "time_limit", "confidence"):
-        if key in top:
-            top[key] = _number(top[key], key, source)
-    if not 0 <= top.get("delta", 1.0):
-        raise UsageError(f"{source}: delta must not be negative, got {top['delta']}")
-    if not 0.5 <= top.get("confidence", 0.8) < 1:
-        raise UsageError(f"{source}: confidence must be from 0.5 to below 1, got {top['confidence']}")
-    if not top.get("time_limit", 1.0) > 0:
-        raise UsageError(f"{source}: time-limit must be positive, got {top['time_limit']} s")
-    for key in ("seed", "threads"):
-        if key in top and (not isinstance(top[key], int) or top[key] < 0):
-            raise UsageError(f"{source}: {key} must be a whole number from 0, got {top[key]!r}")
-    if not top.get("threads"):
-        top["threads"] = available_cores()
-    return Config(data=DataConfig(**data), **top)
 
 
 def available_cores() -> int:
@@ -224,16 +177,140 @@ def parse_duration(text: str) -> float:
         raise UsageError(f"time limit '{text}' is not a duration; write 90s, 15m or 2h") from None
 
 
+def _check(values: dict[str, Any], sources: Mapping[str, str]) -> None:
+    """Replace every value by its checked form; a message begins with where the value is from."""
+    for key, check in _CHECKS.items():
+        if key in values:
+            try:
+                values[key] = check(values[key])
+            except ValueError as error:
+                raise UsageError(f"{sources[key]}: {key.replace('_', '-')} {error}") from None
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"must be a number, got {value!r}")
+    return float(value)
+
+
+def _not_zero(value: Any) -> float:
+    if _number(value) == 0:
+        raise ValueError("must not be zero")
+    return float(value)
+
+
+def _not_negative(value: Any) -> float:
+    if _number(value) < 0:
+        raise ValueError(f"must not be negative, got {value}")
+    return float(value)
+
+
+def _positive(value: Any) -> float:
+    if _number(value) <= 0:
+        raise ValueError(f"must be positive, got {value}")
+    return float(value)
+
+
+def _seconds(value: Any) -> float:
+    return _positive(parse_duration(value) if isinstance(value, str) else value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"must be a whole number from 0, got {value!r}")
+    return value
+
+
+def _at_least_one(value: Any) -> int:
+    if _whole(value) == 0:
+        raise ValueError("must be at least 1")
+    return int(value)
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false, got {value!r}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"must be a string, got {value!r}")
+    return value
+
+
+def _confidence(value: Any) -> float:
+    if not 0.5 <= _number(value) < 1:
+        raise ValueError(f"must be from 0.5 to below 1, got {value}")
+    return float(value)
+
+
+def _validation(value: Any) -> float | str:
+    if value == "file":
+        return "file"
+    try:
+        share = _number(float(value) if isinstance(value, str) else value)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise ValueError(f"must be a share from 0 to below 1, or 'file', got {value!r}")
+    return share
+
+
+def _shapes(value: Any) -> dict[str, tuple[int, ...]]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must give a shape by input name, got {value!r}")
+    shapes = {}
+    for name, shape in value.items():
+        if not isinstance(shape, (list, tuple)):
+            raise ValueError(f"of '{name}' must be a list of sizes, got {shape!r}")
+        shapes[name] = tuple(_at_least_one(size) for size in shape)
+    return shapes
+
+
 def _sequence(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _number(value: Any, key: str, source: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UsageError(f"{source}: {key} must be a number, got {value!r}")
-    return float(value)
+def _each(check: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """The check of a list; one value alone counts as a list of one."""
+    return lambda value: tuple(check(v) for v in _sequence(value))
 
 
-def _choice(value: Any, allowed: tuple[Any, ...], key: str, source: str) -> None:
-    if value not in allowed:
-        raise UsageError(f"{source}: {key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+def _choice(allowed: tuple[Any, ...]) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if isinstance(value, bool) or value not in allowed:
+            raise ValueError(f"must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        return value
+
+    return check
+
+
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "path": _text,
+    "layout": _choice(LAYOUTS),
+    "scale": _not_zero,
+    "mean": _each(_number),
+    "std": _each(_positive),
+    "augment": _each(_choice(AUGMENTATIONS)),
+    "validation": _validation,
+    "metric": _text,
+    "delta": _not_negative,
+    "stage": _choice((1, 2)),
+    "objective": _choice(OBJECTIVES),
+    "max_params": _at_least_one,
+    "max_macs": _at_least_one,
+    "max_size": _at_least_one,
+    "max_latency": _positive,
+    "time_limit": _seconds,
+    "exclude": _each(_text),
+    "only": _each(_text),
+    "labels": _switch,
+    "seed": _whole,
+    "threads": _whole,
+    "trainer": _choice(TRAINERS),
+    "confidence": _confidence,
+    "reference": _switch,
+    "dry_run": _switch,
+    "input_shape": _shapes,
+}

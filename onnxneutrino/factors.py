@@ -101,7 +101,7 @@ def dense(stage: Stage) -> Array:
 
 
 def _compose(first: Array, second: Array) -> Array:
-    """Kernel of `second` after `first`: correlation of correlations is correlation with the convolved kernel."""
+    """Kernel of `second` after `first`: correlations chain to one with the convolved kernel."""
     _, inputs, h1, w1 = first.shape
     outputs, _, h2, w2 = second.shape
     total = np.zeros((outputs, inputs, h1 + h2 - 1, w1 + w2 - 1), np.result_type(first, second))

@@ -1,0 +1,5 @@
+"""`python -m onnxneutrino`."""
+
+from onnxneutrino.cli import main
+
+main()

@@ -1,0 +1,118 @@
+"""Calibration: input patches of layers at sampled positions, their moments, and the outputs beside them.
+
+Everything here is read off one run of a network whose layer inputs (or outputs) are exposed. A position is a
+number in `0 .. positions - 1` of the layer's output map, row by row.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxneutrino.factors import Moments
+from onnxneutrino.moments import MomentSum
+from onnxneutrino.plan import Array, Geometry, Layer
+
+Run = Callable[[Mapping[str, NDArray[Any]]], list[NDArray[Any]]]
+ROWS_PER_DIMENSION = 5
+IMAGES = (512, 20480)
+
+
+def images_needed(layers: Sequence[Layer]) -> int:
+    """Examples to calibrate on, so that every layer gets five rows per dimension where its map allows."""
+    wanted = max((ROWS_PER_DIMENSION * _dimension(layer) / layer.positions for layer in layers), default=0)
+    return int(min(max(math.ceil(wanted), IMAGES[0]), IMAGES[1]))
+
+
+def _dimension(layer: Layer) -> int:
+    return int(np.prod(layer.weight.shape[1:]))
+
+
+def sample_positions(layer: Layer, examples: int, per_example: int, seed: int) -> NDArray[np.int64]:
+    """Positions `(examples, per_example)`, drawn without repeats within an example, by seed and layer name."""
+    generator = np.random.default_rng([seed, zlib.crc32(layer.name.encode())])
+    count = min(per_example, layer.positions)
+    if count == 1:
+        return generator.integers(0, layer.positions, (examples, 1))
+    return np.argsort(generator.random((examples, layer.positions)), axis=1)[:, :count].astype(np.int64)
+
+
+def patches(layer: Layer, geometry: Geometry, tensor: NDArray[Any], positions: NDArray[np.int64]) -> Array:
+    """Input patches `(n·k, D)` of a stage with `geometry` at `positions` `(n, k)`, `D = I·kh·kw`.
+
+    `tensor` is what the stage reads: `(n, I, H, W)`, `(n, I, L)`, `(n, I)` or `(n, ..., I)`.
+    """
+    examples, count = positions.shape
+    rows = np.repeat(np.arange(examples), count)
+    flat = positions.reshape(-1)
+    if layer.kind in ("gemm", "matmul"):
+        return np.asarray(tensor.reshape(examples, -1, tensor.shape[-1])[rows, flat], np.float32)
+    image = tensor[..., None] if layer.kind == "conv1d" else tensor
+    top, left, bottom, right = geometry.pads
+    height, width = geometry.output_size(*image.shape[2:])
+    (kh, kw), (sh, sw), (dh, dw) = geometry.kernel, geometry.strides, geometry.dilations
+    if any(geometry.pads):
+        image = np.pad(image, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    n, c, h, w = image.strides
+    windows = np.lib.stride_tricks.as_strided(
+        image,
+        (image.shape[0], height, width, image.shape[1], kh, kw),
+        (n, h * sh, w * sw, c, h * dh, w * dw),
+        writeable=False,
+    )
+    picked = windows[rows, flat // width, flat % width]
+    return np.asarray(picked.reshape(len(rows), -1), np.float32)
+
+
+def outputs_at(layer: Layer, tensor: NDArray[Any], positions: NDArray[np.int64]) -> Array:
+    """The layer's outputs `(n·k, O)` at the same positions."""
+    examples, count = positions.shape
+    rows = np.repeat(np.arange(examples), count)
+    flat = positions.reshape(-1)
+    if layer.kind in ("gemm", "matmul", "map"):
+        return np.asarray(tensor.reshape(examples, -1, tensor.shape[-1])[rows, flat], np.float32)
+    return np.asarray(tensor.reshape(examples, tensor.shape[1], -1)[rows, :, flat], np.float32)
+
+
+def calibrate(
+    run: Run,
+    tensors: Sequence[str],
+    layers: Sequence[Layer],
+    batches: Iterable[Mapping[str, NDArray[Any]]],
+    examples: int,
+    seed: int,
+    deadline: float = math.inf,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[dict[str, Moments], int]:
+    """Moments of every layer's input patches, and the number of examples they come from.
+
+    Args:
+        run: runs the network on one batch and returns `tensors`.
+        tensors: the tensors that the layers read.
+        layers: whose moments to take.
+        batches: inputs; taken until `examples` are used or `time.perf_counter()` passes `deadline`.
+        examples: how many to use.
+        seed: of the sampled positions.
+        deadline: on the clock of `time.perf_counter`.
+        progress: called with the examples done.
+    """
+    sums = {layer.name: MomentSum(_dimension(layer)) for layer in layers}
+    done = 0
+    for batch in batches:
+        size = len(next(iter(batch.values())))
+        values = dict(zip(tensors, run(batch), strict=True))
+        for layer in layers:
+            per_example = math.ceil(ROWS_PER_DIMENSION * _dimension(layer) / examples)
+            positions = sample_positions(layer, size, per_example, seed + done)
+            sums[layer.name].add(patches(layer, layer.geometry, values[layer.input], positions))
+        done += size
+        progress(done)
+        if done >= examples or time.perf_counter() > deadline:
+            break
+    return {name: total.moments() for name, total in sums.items()}, done

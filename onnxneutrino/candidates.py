@@ -1,0 +1,152 @@
+"""From a layer's decompositions to what can become of it: forms, ranks, costs and errors.
+
+Costs come from the shapes of the chain alone (`forms.skeleton`); a chain's weights are made only for the
+plan that is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from onnxneutrino.allocate import Option, ladder
+from onnxneutrino.factor_fit import Decomposition
+from onnxneutrino.factors import Stage, chain_macs
+from onnxneutrino.forms import full_ranks, skeleton
+from onnxneutrino.plan import Choice, Form, Layer
+
+STEPS = 24
+PAIR_STEPS = 12
+CP_GAIN = 0.5
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to write a layer: `choice` None as it is; `error` relative, as in `Factors.error`."""
+
+    choice: Choice | None
+    params: int
+    macs: int
+    error: float
+
+
+Cost = Callable[[Point], float]
+
+
+def candidates(layer: Layer, decompositions: Mapping[Form, Decomposition]) -> tuple[Point, ...]:
+    """The layer as it is, then every form but `cp` on a grid of ranks.
+
+    Chains that cost as much as the layer in params and in MACs are left out.
+    """
+    whole = Point(None, layer.params, layer.macs, 0.0)
+    points = [whole]
+    for form, decomposition in decompositions.items():
+        if form == "cp":
+            continue
+        grid = [ranks for ranks in rank_grid(layer, form) if _gains(point(layer, Choice(form, ranks)), whole)]
+        errors = decomposition.errors(grid) if grid else []
+        for ranks, error in zip(grid, errors, strict=True):
+            points.append(point(layer, Choice(form, ranks), error))
+    return tuple(points)
+
+
+def options(points: tuple[Point, ...], cost: Cost, sensitivity: float = 1.0) -> list[Option]:
+    """Options for `allocate`: cost by the caller's measure, loss `sensitivity · error`; no dominated ones."""
+    return ladder([Option(p.choice, cost(p), sensitivity * p.error) for p in points])
+
+
+def cp_challenger(layer: Layer, chosen: Option, cp: Decomposition, cost: Cost, sensitivity: float = 1.0) -> Option:
+    """CP at the largest rank that costs no more than `chosen`, where its loss is at most half; else `chosen`.
+
+    Dear (alternating least squares at one rank), so meant for the few options an allocation chose, and for
+    ranks up to I + O. Depthwise stages train and run at a fraction of a dense one's speed, which a little
+    less loss does not pay for.
+    """
+    if chosen.choice is None:
+        return chosen
+
+    def fits(rank: int) -> bool:
+        return cost(point(layer, Choice("cp", (rank,)))) <= chosen.cost
+
+    outputs, inputs = layer.weight.shape[:2]
+    limit = min(cp.limit[0], outputs + inputs)
+    rank = _largest(fits, limit)
+    if rank == 0 or (rank == limit and rank < cp.limit[0]):
+        return chosen
+    choice = Choice("cp", (rank,))
+    (error,) = cp.errors([choice.ranks])
+    challenger = Option(choice, cost(point(layer, choice, error)), sensitivity * error)
+    return challenger if challenger.loss <= CP_GAIN * chosen.loss else chosen
+
+
+def point(layer: Layer, choice: Choice, error: float = float("nan")) -> Point:
+    """Params and MACs of `layer` written as `choice`, from shapes alone."""
+    stages = skeleton(choice.form, layer.weight.shape, choice.ranks)
+    return Point(choice, params_of(layer, stages), macs_of(layer, stages), error)
+
+
+def params_of(layer: Layer, stages: tuple[Stage, ...]) -> int:
+    """Elements of a chain and its bias: `Factors.params`."""
+    return sum(stage.weight.size for stage in stages) + layer.bias.size
+
+
+def macs_of(layer: Layer, stages: tuple[Stage, ...]) -> int:
+    """Multiply-accumulates of a chain for one example.
+
+    A MatMul's map is `1 × 1`; its `positions` multiply what one position costs.
+    """
+    height, width = layer.geometry.output_size(*layer.input_size)
+    return chain_macs(stages, layer.geometry, layer.input_size) * (layer.positions // (height * width))
+
+
+def rank_grid(layer: Layer, form: Form) -> list[tuple[int, ...]]:
+    """Ranks to try: about 24, or 12 × 12 for `tucker2`, denser where they are small.
+
+    Up to the rank at which the chain costs as much as the layer; for `tucker2` r1 up to that of `input`, r2
+    up to that of `channel`.
+    """
+    shape = layer.weight.shape
+    if form == "tucker2":
+        taps = shape[2] * shape[3]
+        first = spread(_useful(layer, "input"), PAIR_STEPS)
+        second = spread(_useful(layer, "channel"), PAIR_STEPS)
+        return [(r1, r2) for r1 in first for r2 in second if r2 <= r1 * taps]
+    return [(rank,) for rank in spread(_useful(layer, form), STEPS)]
+
+
+def _useful(layer: Layer, form: Form) -> int:
+    """The largest rank at which a form of one rank gains anything; 0 for none."""
+    whole = Point(None, layer.params, layer.macs, 0.0)
+    limit = full_ranks(form, layer.weight.shape)[0]
+    return _largest(lambda rank: _gains(point(layer, Choice(form, (rank,))), whole), limit)
+
+
+def _gains(tried: Point, whole: Point) -> bool:
+    return tried.params < whole.params or tried.macs < whole.macs
+
+
+def _largest(holds: Callable[[int], bool], limit: int) -> int:
+    """The largest rank up to `limit` for which `holds`, which fails from some rank on; 0 for none."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def spread(top: int, steps: int) -> list[int]:
+    """About `steps` ranks from 1 to `top`, in even steps of their square root.
+
+    Multiples of 4, of 8 from 64 on, below 8 of 2; every rank where there are no more than `steps`.
+    """
+    if top <= steps:
+        return list(range(1, top + 1))
+    ranks = {1}
+    for index in range(1, steps + 1):
+        rank = top * index * index / (steps * steps)
+        multiple = 2 if rank < 8 else 4 if rank < 64 else 8
+        ranks.add(max(1, int(rank) // multiple * multiple))
+    return sorted(ranks)

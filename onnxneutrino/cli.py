@@ -1,0 +1,253 @@
+"""The command line: parse, call, print, exit code; no logic."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+from onnxneutrino import console, inspection
+from onnxneutrino.conductor import compress_file
+from onnxneutrino.config import AUGMENTATIONS, LAYOUTS, OBJECTIVES, Config, load_config, parse_duration
+from onnxneutrino.errors import NeutrinoError, UsageError
+from onnxneutrino.formats import format_metric
+from onnxneutrino.report import plain
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Duration(click.ParamType):
+    """`90s`, `15m`, `2h`."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds."""
+        try:
+            return value if isinstance(value, float) else parse_duration(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Shape(click.ParamType):
+    """`NAME=1x3x640x640`."""
+
+    name = "name=shape"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Input name and shape."""
+        if isinstance(value, tuple):
+            return value
+        name, _, text = value.rpartition("=")
+        sizes = text.lower().split("x")
+        if not name or not all(size.isdigit() and int(size) > 0 for size in sizes):
+            self.fail(f"'{value}' is not NAME=1x3x640x640", param, ctx)
+        return name, tuple(int(size) for size in sizes)
+
+
+class Numbers(click.ParamType):
+    """`0.49,0.48,0.45`."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """A tuple of floats."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"'{value}' is not a list of numbers such as 0.49,0.48,0.45", param, ctx)
+
+
+def data_options(command: Command) -> Command:
+    """Options that override the TOML file's [data] and [metric]."""
+    options = [
+        click.option("--data", metavar="PATH", help=".npz, folder, file.py:function, or random."),
+        click.option("--metric", metavar="NAME", help="top1 top5 f1 miou psnr mse agreement, or file.py:function."),
+        click.option("--layout", type=click.Choice(LAYOUTS), help="Layout of the model's input."),
+        click.option("--scale", type=float, help="Factor on the raw values."),
+        click.option("--mean", type=Numbers(), help="Per channel, subtracted after scale."),
+        click.option("--std", type=Numbers(), help="Per channel, divides after mean."),
+        click.option("--augment", type=click.Choice(AUGMENTATIONS), multiple=True, help="Training only; repeatable."),
+        click.option("--validation", metavar="SHARE", help="Share of training images for early stopping, or file."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def common_options(command: Command) -> Command:
+    """Options of every command."""
+    options = [
+        click.option("--input-shape", type=Shape(), multiple=True, help="Fix free dimensions; repeatable."),
+        click.option("--threads", type=click.IntRange(min=1), help="Default: the cores there are."),
+        click.option("--seed", type=click.IntRange(min=0), help="Of every random draw; default 0."),
+        click.option(
+            "--json", "json_file", metavar="FILE", help="Also write the result as JSON; - is standard output."
+        ),
+        click.option("--debug", is_flag=True, help="Show a traceback where something fails."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="onnxneutrino")
+def main() -> None:
+    """Make an ONNX model smaller and faster, its metric at most delta worse."""
+
+
+@main.command()
+@click.argument("source", metavar="IN.ONNX", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT.ONNX", type=click.Path(path_type=Path))
+@click.option("--delta", type=float, help="Largest drop, in the metric's units; default 1.")
+@click.option("--stage", type=click.IntRange(1, 2), help="Stop after stage 1, or go through both; default 2.")
+@click.option("--objective", type=click.Choice(OBJECTIVES), help="What to make small; default params.")
+@click.option("--time-limit", type=Duration(), help="For everything, such as 15m; default 30m.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these nodes alone; repeatable.")
+@click.option("--only", multiple=True, metavar="PATTERN", help="Factorize these nodes only; repeatable.")
+@click.option("--labels/--no-labels", default=None, help="Train against labels and teacher, or teacher alone.")
+@click.option("--trainer", type=click.Choice(["ort", "none"]), help="none: factors and refit, no fine-tuning.")
+@click.option("--confidence", type=float, help="One-sided, that a drop is within delta; default 0.8.")
+@click.option("--dry-run", is_flag=True, default=None, help="Everything up to the first training step; writes nothing.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@data_options
+@common_options
+def compress(source: Path, target: Path, quiet: bool, json_file: str | None, debug: bool, **options: Any) -> None:
+    """Write a smaller OUT.ONNX and OUT.report.json. IN.toml beside IN.ONNX describes the data."""
+
+    def work() -> None:
+        config = configured(source, options)
+        progress = console.Progress(quiet, sys.stderr.isatty())
+        with progress:
+            report = compress_file(source, target, config, progress)
+        show(console.summary(report), json_file)
+        if not config.dry_run and json_file != "-":
+            click.echo(f"Wrote {target} and {target.with_suffix('.report.json')}.")
+        emit(json_file, report.to_json())
+
+    run(work, debug)
+
+
+@main.command()
+@click.argument("source", metavar="IN.ONNX", type=click.Path(path_type=Path))
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these nodes alone; repeatable.")
+@click.option("--only", multiple=True, metavar="PATTERN", help="Factorize these nodes only; repeatable.")
+@data_options
+@common_options
+def analyze(source: Path, json_file: str | None, debug: bool, **options: Any) -> None:
+    """List every layer: marked with its forms, or frozen and why; with data also its sensitivity."""
+
+    def work() -> None:
+        layers = inspection.analyze(source, configured(source, options))
+        show(console.layer_table(layers), json_file)
+        emit(json_file, as_json([dataclasses.asdict(layer) for layer in layers]))
+
+    run(work, debug)
+
+
+@main.command()
+@click.argument("source", metavar="IN.ONNX", type=click.Path(path_type=Path))
+@click.option("--compare", metavar="OTHER.ONNX", type=click.Path(path_type=Path), help="Show this model beside it.")
+@data_options
+@common_options
+def profile(source: Path, compare: Path | None, json_file: str | None, debug: bool, **options: Any) -> None:
+    """Show the six metrics, in all and by node; the user's metric where there is data."""
+
+    def work() -> None:
+        config = configured(source, options)
+        profiles = inspection.profile([source] if compare is None else [source, compare], config)
+        other = profiles[1] if compare is not None else None
+        table = console.profile_table(
+            config.metric,
+            profiles[0].metrics,
+            profiles[0].nodes,
+            other.metrics if other else None,
+            other.nodes if other else (),
+        )
+        show(table, json_file)
+        emit(json_file, as_json([dataclasses.asdict(entry) for entry in profiles]))
+
+    run(work, debug)
+
+
+@main.command()
+@click.argument("source", metavar="IN.ONNX", type=click.Path(path_type=Path))
+@data_options
+@common_options
+def evaluate(source: Path, json_file: str | None, debug: bool, **options: Any) -> None:
+    """Measure the metric on the test split."""
+
+    def work() -> None:
+        config = configured(source, options)
+        value, examples = inspection.evaluate(source, config)
+        if json_file != "-":
+            click.echo(f"{config.metric} {format_metric(value)} on {examples} test examples")
+        emit(json_file, as_json({"metric": config.metric, "value": value, "examples": examples}))
+
+    run(work, debug)
+
+
+def configured(source: Path, options: dict[str, Any]) -> Config:
+    """The configuration from the TOML file beside `source` and the options that were given."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    if "input_shape" in given:
+        given["input_shape"] = dict(given["input_shape"])
+    if given.get("validation", "file") != "file":
+        try:
+            given["validation"] = float(given["validation"])
+        except ValueError:
+            raise UsageError(f"--validation {given['validation']}: must be a share such as 0.1, or file") from None
+    return load_config(source, given)
+
+
+def show(renderable: Any, json_file: str | None) -> None:
+    """Print a table, unless standard output carries JSON."""
+    if json_file != "-":
+        Console(highlight=False).print(renderable)
+
+
+def emit(json_file: str | None, text: str) -> None:
+    """Write JSON where it was asked for."""
+    if json_file == "-":
+        click.echo(text, nl=False)
+    elif json_file is not None:
+        try:
+            Path(json_file).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--json {json_file}: cannot be written: {error.strerror or error}") from error
+
+
+def as_json(value: Any) -> str:
+    """JSON with a line feed at the end; NaN as null."""
+    return json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
+
+
+def run(work: Callable[[], None], debug: bool) -> None:
+    """Do the work; an error becomes one line and its exit code, a traceback only with --debug."""
+    try:
+        work()
+    except NeutrinoError as error:
+        if debug:
+            raise
+        click.echo(f"onnxneutrino: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        click.echo("onnxneutrino: interrupted; nothing was written", err=True)
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        line = (str(error).strip().splitlines() or [""])[0]
+        click.echo(f"onnxneutrino: internal error, {type(error).__name__}: {line}; run again with --debug", err=True)
+        sys.exit(1)

@@ -1,0 +1,374 @@
+"""The conductor: load, normalize, mark, calibrate, search, verify, save (Deeplite Neutrino, AAAI 2021)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from onnxneutrino import cost, metrics, prepare
+from onnxneutrino.candidates import Point
+from onnxneutrino.config import Config
+from onnxneutrino.data import Dataset, Deciding, Inputs, deciding
+from onnxneutrino.errors import ModelError, OutputError, TrainingError
+from onnxneutrino.finetune import untrainable
+from onnxneutrino.graph import TensorType, check, check_writable, load, save
+from onnxneutrino.graph import arrays as graph_arrays
+from onnxneutrino.layer_options import cost_unit
+from onnxneutrino.normalize import normalize
+from onnxneutrino.passes.find_layers import find_layers
+from onnxneutrino.plan import Frozen, Layer
+from onnxneutrino.report import CandidateRow, Event, Report
+from onnxneutrino.runtime import Runner, random_inputs, runtime_conflict
+from onnxneutrino.search import Candidate, Settings, accepted, search
+from onnxneutrino.summary import Chosen, candidate_row, make_report, with_file_size
+from onnxneutrino.training_copy import training_copy
+from onnxneutrino.workbench import Marked, Task, Workbench, build
+
+Tell = Callable[[Event], None]
+CALIBRATION_SHARE = 0.1
+TRAINING_BATCH = 64
+SAMPLES = 3
+VERIFICATIONS = 3
+VERIFY_SECONDS = 5.0
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The compressed model and the report of the run; `model` is None after a dry run."""
+
+    model: ModelProto | None
+    report: Report
+
+
+class Clock:
+    """The time of a run: read at its phases, never inside a decision about the model."""
+
+    def __init__(self, limit: float, tell: Tell) -> None:
+        self._start = time.perf_counter()
+        self._limit = limit
+        self._tell = tell
+        self._phase = ""
+        self._phase_start = self._start
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+    @property
+    def left(self) -> float:
+        """Seconds until the limit."""
+        return self._limit - self.elapsed
+
+    def phase(self, name: str) -> None:
+        """Close the current phase and begin `name`."""
+        now = time.perf_counter()
+        if self._phase:
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._phase_start
+        self._phase, self._phase_start = name, now
+        self.tell("")
+
+    def tell(self, detail: str) -> None:
+        """Show where the run is."""
+        self._tell(Event(self._phase, detail, self.elapsed, max(self.left, 0.0)))
+
+
+def compress(
+    model: ModelProto,
+    config: Config,
+    *,
+    name: str = "model",
+    size_bytes: int | None = None,
+    tell: Tell = lambda event: None,
+) -> Result:
+    """Compress a model.
+
+    Args:
+        model: as it was given.
+        config: what the user asked for.
+        name: how messages and the report call the model.
+        size_bytes: of the model on disk; None for its size in memory.
+        tell: progress.
+
+    Raises:
+        NeutrinoError: see `errors`.
+    """
+    clock = Clock(config.time_limit, tell)
+    clock.phase("load")
+    conflict = runtime_conflict()
+    warnings = [conflict] if conflict else []
+    metric = metrics.resolve(config.metric, config.metric_base)
+    opened = prepare.open_model(model, name, config)
+    dataset = prepare.open_dataset(opened, metric, config)
+    judges = deciding(dataset, config.seed)
+    warnings.extend(dataset.warnings)
+    clock.phase("normalize")
+    samples = prepare.first_examples(dataset.test, SAMPLES)
+    marked = mark(opened, samples, config)
+    if not marked.layers:
+        reasons = sorted({layer.reason for layer in marked.frozen}) or ["it has no Conv, Gemm or MatMul"]
+        raise ModelError(f"{name}: no layer can be factorized: {'; '.join(reasons)}")
+    clock.phase("measure the original")
+    batch = prepare.evaluation_batch(opened) if marked.freed else 1
+    start = time.perf_counter()
+    rows = prepare.evaluate(marked.batched, judges.test, metric, batch, config.threads, marked.batched)
+    evaluation_seconds = time.perf_counter() - start
+    value = metrics.value(metric, rows)
+    prepare.check_not_chance(value, metric, opened, config)
+    tell(Event("measure the original", f"{metric.name} {value:.2f} on the test split", clock.elapsed, clock.left))
+    task = make_task(marked, config, metric, dataset, judges, rows, batch)
+    if config.trainer == "ort":
+        check_trainable(task)
+    clock.phase("calibrate")
+    bench = Workbench(task, CALIBRATION_SHARE * config.time_limit, lambda what, share: clock.tell(what))
+    reserve = VERIFICATIONS * evaluation_seconds + VERIFY_SECONDS
+    settings = Settings(
+        delta=config.delta,
+        z=NormalDist().inv_cdf(config.confidence),
+        stage=config.stage,
+        time_limit=config.time_limit,
+        train=config.trainer == "ort",
+        dry_run=config.dry_run,
+        seed=config.seed,
+    )
+    clock.phase("search")
+    tried: list[CandidateRow] = []
+
+    def note(candidate: Candidate, ok: bool) -> None:
+        tried.append(candidate_row(candidate, ok, task, value))
+        clock.tell(f"{candidate.name}: {'accepted' if ok else 'refused'}")
+
+    candidates = search(bench, settings, lambda: clock.left - reserve, note)
+    clock.phase("verify")
+    warnings.extend(bench.warnings)
+    chosen = choose(candidates, settings, task, rows, judges, warnings)
+    report = make_report(
+        opened,
+        marked,
+        config,
+        task,
+        judges,
+        chosen,
+        rows,
+        size_bytes,
+        tuple(tried),
+        bench.fine_tunes,
+        tuple(warnings),
+    )
+    clock.phase("")
+    final = None if config.dry_run else build(task, chosen.network)
+    return Result(final, dataclasses.replace(report, seconds=clock.seconds))
+
+
+def mark(opened: prepare.Opened, samples: Sequence[Inputs], config: Config) -> Marked:
+    """Normalize the graph, free its batch and list its layers."""
+    model, notes = normalize(opened.model, samples, lambda graph, inputs: Runner(graph, threads=config.threads)(inputs))
+    types = prepare.types_of(model, opened.shapes)
+    found = find_layers(model, types, config.exclude, config.only)
+    batched, freed = prepare.free(model, samples, config.threads)
+    return Marked(
+        opened=opened,
+        model=model,
+        batched=batched,
+        notes=tuple(notes),
+        types=types,
+        layers=tuple(layer for layer in found if isinstance(layer, Layer)),
+        frozen=tuple(layer for layer in found if isinstance(layer, Frozen)),
+        order=tuple(layer.name for layer in found),
+        freed=freed,
+    )
+
+
+def make_task(
+    marked: Marked,
+    config: Config,
+    metric: metrics.Metric,
+    dataset: Dataset,
+    judges: Deciding,
+    rows: NDArray[Any],
+    batch: int,
+) -> Task:
+    """Put together what stands fixed during the search."""
+    if judges.select_rows is not None:
+        original_rows = rows[judges.select_rows]
+    else:
+        original_rows = prepare.evaluate(marked.batched, judges.select, metric, batch, config.threads, marked.batched)
+    whole = sum(whole_cost(layer, config.objective) for layer in marked.layers)
+    return Task(
+        model=marked.model,
+        batched=marked.batched,
+        types=marked.types,
+        layers=marked.layers,
+        trainable=tuple(trainable_initializers(marked)),
+        loss=prepare.choose_loss(marked.model, marked.types, config),
+        metric=metric,
+        train=dataset.train,
+        select=judges.select,
+        original_rows=original_rows,
+        objective=config.objective,
+        rest=total_cost(marked.model, marked.types, config.objective) - whole,
+        batch=min(TRAINING_BATCH, len(dataset.train)) if marked.freed else 1,
+        evaluation_batch=batch,
+        threads=config.threads,
+        seed=config.seed,
+        labels=config.labels,
+    )
+
+
+def whole_cost(layer: Layer, objective: str) -> float:
+    """Cost of a layer as it is, in the unit of the objective."""
+    return cost_unit(layer, objective)(Point(None, layer.params, layer.macs, 0.0))
+
+
+def total_cost(model: ModelProto, types: Mapping[str, TensorType], objective: str) -> float:
+    """Cost of a whole graph, in the unit that `cost_unit` counts layers in."""
+    if objective == "size":
+        return float(len(model.SerializeToString()))
+    if objective == "memory":
+        return float(cost.memory_bytes(model, types))
+    if objective in ("macs", "latency"):
+        return float(cost.macs(model, types))
+    return float(cost.params(model))
+
+
+def trainable_initializers(marked: Marked) -> list[str]:
+    """Float constants of linear layers, and of what is added or multiplied, except in layers the user left out."""
+    left_out = {layer.name for layer in marked.frozen if "--exclude" in layer.reason or "--only" in layer.reason}
+    names: dict[str, None] = {}
+    for node in marked.model.graph.node:
+        if node.name in left_out:
+            continue
+        if node.op_type in ("Conv", "Gemm"):
+            names.update(dict.fromkeys(node.input[1:]))
+        elif node.op_type in ("MatMul", "Add", "Mul"):
+            names.update(dict.fromkeys(node.input))
+    held = graph_arrays(marked.model)
+    return [name for name in names if name in held and held[name].dtype == np.float32 and held[name].size > 1]
+
+
+def check_trainable(task: Task) -> None:
+    """Refuse, before anything long, a network that cannot be fine-tuned.
+
+    Raises:
+        TrainingError: names the node and its operator.
+    """
+    copy = training_copy(task.batched, task.batch)
+    weights = [name for layer in task.layers for name in layer.initializers]
+    faults = untrainable(copy, [*weights, *task.trainable], task.loss.outputs)
+    if faults:
+        kinds = ", ".join(sorted({operator for _, operator in faults}))
+        raise TrainingError(
+            f"node '{faults[0][0]}': ONNX Runtime training has no right gradient for {kinds}; use "
+            "--trainer none (factors and refit, no fine-tuning)"
+        )
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    settings: Settings,
+    task: Task,
+    rows: NDArray[Any],
+    judges: Deciding,
+    warnings: list[str],
+) -> Chosen:
+    """The smallest accepted candidate of each stage whose drop on the whole test split is within delta too."""
+
+    def smallest_within(pool: Sequence[Candidate]) -> tuple[Candidate | None, NDArray[Any]]:
+        for candidate in sorted(pool, key=lambda c: c.cost):
+            own = prepare.evaluate(
+                build(task, candidate.network, batched=True),
+                judges.test,
+                task.metric,
+                task.evaluation_batch,
+                task.threads,
+                task.batched,
+            )
+            drop = metrics.drop(task.metric, rows, own, seed=task.seed)
+            if drop.value <= settings.delta:
+                return candidate, own
+            warnings.append(
+                f"{candidate.name} was accepted on the deciding images but drops {drop.value:.2f} on the whole "
+                "test split; the next larger one was taken, so the test split took part in the selection"
+            )
+        return None, rows
+
+    good = [candidate for candidate in candidates if accepted(candidate, settings)]
+    early = [candidate for candidate in good if candidate.stage == 1]
+    first, first_rows = smallest_within(early)
+    if settings.stage == 1:
+        return Chosen(first, first_rows, first, first_rows)
+    later = [candidate for candidate in good if candidate.stage == 2 and (first is None or candidate.cost < first.cost)]
+    second, second_rows = smallest_within(later)
+    return Chosen(first, first_rows, second or first, second_rows if second else first_rows)
+
+
+def compress_file(source: Path, target: Path, config: Config, tell: Tell = lambda event: None) -> Report:
+    """Compress a file into a file, with the report beside it as `target.report.json`.
+
+    Raises:
+        NeutrinoError: nothing is written then.
+    """
+    report_path = target.with_suffix(".report.json")
+    if not config.dry_run:
+        check_writable(target)
+        check_writable(report_path)
+        if target.exists() and source.exists() and target.samefile(source):
+            raise OutputError(f"{target}: is the input itself; give another output path")
+    given = load(source)
+    result = compress(given.model, config, name=source.name, size_bytes=cost.size_bytes(source), tell=tell)
+    if result.model is None:
+        return result.report
+    save(result.model, target, given.external)
+    verify_file(target, result.model, config)
+    report = with_file_size(result.report, cost.size_bytes(target))
+    write_whole(report_path, report.to_json())
+    return report
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in one piece.
+
+    Raises:
+        OutputError: the disk or the system refuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def verify_file(path: Path, model: ModelProto, config: Config) -> None:
+    """Load the written file again, check it and compare what it computes with the model that was measured.
+
+    Raises:
+        OutputError: the file does not give the same outputs; it is removed.
+    """
+    written = load(path).model
+    shapes = prepare.fixed_shapes(written, config.input_shape)
+    inputs = random_inputs(written, shapes, config.seed)
+    names = [value.name for value in model.graph.output]
+    try:
+        check(written, path.name)
+        got, wanted = Runner(path, threads=config.threads)(inputs), Runner(model, threads=config.threads)(inputs)
+    except ModelError as error:
+        path.unlink()
+        raise OutputError(f"{path}: the written file does not run ({error}); it was removed") from error
+    for name, a, b in zip(names, got, wanted, strict=True):
+        if not np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
+            path.unlink()
+            raise OutputError(f"{path}: output '{name}' of the written file differs; it was removed")

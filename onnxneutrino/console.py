@@ -1,0 +1,283 @@
+"""Views of the data for a terminal: the paper's Table 1, the layer and profile tables, and the progress line.
+
+Every function turns values into something that rich can render; only `Progress` writes, to standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import IO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from onnxneutrino.cost import NodeCost
+from onnxneutrino.formats import (
+    format_bytes,
+    format_count,
+    format_interval,
+    format_metric,
+    format_ms,
+    format_ratio,
+    format_seconds,
+    format_shape,
+)
+from onnxneutrino.plan import FORMS
+from onnxneutrino.report import Event, Report, SixMetrics, enhancement, ratio
+
+WIDTH = 80
+PAUSE = 10.0
+STAGE_NAME = re.compile(rf"/({'|'.join(FORMS)})\.\w+$")
+COSTS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+    ("Size", "size_bytes", format_bytes),
+    ("MACs", "macs", format_count),
+    ("#Params", "params", format_count),
+    ("Memory", "memory_bytes", format_bytes),
+    ("Latency", "latency_ms", format_ms),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalyzedLayer:
+    """One row of `analyze`: the forms a layer can take, or the reason why it is frozen.
+
+    `sensitivity` is the relative output error at half the layer's params; None where it was not measured.
+    """
+
+    name: str
+    op: str
+    weight_shape: tuple[int, ...]
+    params: int
+    macs: int
+    forms: tuple[str, ...]
+    sensitivity: float | None
+    reason: str | None
+
+
+def summary(report: Report) -> RenderableType:
+    """Show a report in the shape of the paper's Table 1, then the drop, a sentence and the warnings."""
+    table = _table("", _short(report.metric_name), *(title for title, _, _ in COSTS))
+    rows = {
+        "Original": report.original,
+        "Stage 1": report.stage1,
+        "Stage 2": report.stage2,
+        "Reference": report.reference,
+    }
+    for name, metrics in rows.items():
+        if metrics is not None:
+            table.add_row(name, format_metric(metrics.metric), *_costs(metrics))
+    gain = report.enhancement
+    if gain is not None:
+        ratios = (format_ratio(getattr(gain, attribute)) for _, attribute, _ in COSTS)
+        table.add_row("Enh.", f"drop {format_metric(gain.drop)}", *ratios)
+    lines = [Text(line) for line in _drop_lines(report)]
+    if not report.compressed:
+        lines.append(
+            Text(
+                f"No smaller model stays within delta {format_metric(report.delta)}: "
+                "the normalized original was written."
+            )
+        )
+    lines.extend(Text(f"Warning: {warning}") for warning in report.warnings)
+    return Group(table, *lines)
+
+
+def layer_table(layers: Sequence[AnalyzedLayer]) -> RenderableType:
+    """Show what `analyze` found: every layer, marked with its forms or frozen with the reason."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("Layer", overflow="fold")
+    table.add_column("Op", no_wrap=True)
+    table.add_column("Weight", no_wrap=True)
+    table.add_column("#Params", justify="right", no_wrap=True)
+    table.add_column("MACs", justify="right", no_wrap=True)
+    measured = any(layer.sensitivity is not None for layer in layers)
+    if measured:
+        table.add_column("Sens.", justify="right", no_wrap=True)
+    table.add_column("Forms or reason", overflow="fold")
+    for layer in layers:
+        what = f"frozen: {layer.reason}" if layer.reason is not None else ", ".join(layer.forms)
+        cells = [layer.name, layer.op, format_shape(layer.weight_shape)]
+        cells += [format_count(layer.params), format_count(layer.macs)]
+        cells += [format_metric(layer.sensitivity)] if measured else []
+        table.add_row(*map(Text, (*cells, what)))
+    marked = [layer for layer in layers if layer.reason is None]
+    return Group(
+        table,
+        Text(
+            f"{len(marked)} of {len(layers)} layers marked, "
+            f"{format_count(sum(layer.params for layer in marked))} of "
+            f"{format_count(sum(layer.params for layer in layers))} params in them."
+        ),
+    )
+
+
+def profile_table(
+    metric_name: str,
+    original: SixMetrics,
+    nodes: Sequence[NodeCost],
+    other: SixMetrics | None = None,
+    other_nodes: Sequence[NodeCost] = (),
+) -> RenderableType:
+    """Show the six metrics of a model in all, and params and MACs by node; beside another model where given.
+
+    Nodes of a chain (`conv1/tucker2.0`, ...) stand together under the name of the layer they replace; nodes
+    without params and MACs are left out.
+    """
+    whole = _table("", "Original", *(("Other", "Ratio") if other else ()))
+    gain = enhancement(original, other, None) if other else None
+    drop = [format_metric(other.metric), "-"] if other else []
+    whole.add_row(_short(metric_name), format_metric(original.metric), *drop)
+    for title, attribute, form in COSTS:
+        more = [form(getattr(other, attribute)), format_ratio(getattr(gain, attribute))] if other else []
+        whole.add_row(title, form(getattr(original, attribute)), *more)
+    return Group(whole, Text(), _node_table(nodes, other_nodes if other else None))
+
+
+def _node_table(nodes: Sequence[NodeCost], others: Sequence[NodeCost] | None) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("Node", overflow="fold")
+    table.add_column("Op", no_wrap=True)
+    titles = (
+        ("#Params", "MACs", "Output") if others is None else ("#Params", "Other", "Ratio", "MACs", "Other", "Ratio")
+    )
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    first, second = _by_layer(nodes), _by_layer(others or ())
+    for name in {**first, **second}:
+        here, there = first.get(name), second.get(name)
+        cells = [name, " ".join(dict.fromkeys(node.op for node in here or there or ()))]
+        if others is None:
+            shape = format_shape(here[-1].output_shape) if here else "-"
+            cells += [format_count(_total(here, "params")), format_count(_total(here, "macs")), shape]
+        else:
+            for attribute in ("params", "macs"):
+                before, after = _total(here, attribute), _total(there, attribute)
+                both = None if before is None or after is None else ratio(before, after)
+                cells += [format_count(before), format_count(after), format_ratio(both)]
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _by_layer(nodes: Sequence[NodeCost]) -> dict[str, list[NodeCost]]:
+    """Nodes that cost something, the stages of a chain under the name of their layer."""
+    grouped: dict[str, list[NodeCost]] = {}
+    for node in nodes:
+        if node.params or node.macs:
+            grouped.setdefault(STAGE_NAME.sub("", node.name), []).append(node)
+    return grouped
+
+
+def _total(nodes: Sequence[NodeCost] | None, attribute: str) -> int | None:
+    return None if nodes is None else sum(getattr(node, attribute) for node in nodes)
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for index, title in enumerate(titles):
+        table.add_column(Text(title), justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def _costs(metrics: SixMetrics) -> list[str]:
+    return [form(getattr(metrics, attribute)) for _, attribute, form in COSTS]
+
+
+def _short(metric_name: str) -> str:
+    """A metric's name as a column title: of `file.py:function` the function, cut at twelve letters."""
+    return metric_name.rsplit(":", 1)[-1][:12]
+
+
+def _drop_lines(report: Report) -> list[str]:
+    lines = []
+    if report.drop_interval is not None:
+        whole = format_interval(report.drop_interval)
+        lines.append(f"Drop on the whole test split: {whole}, delta {format_metric(report.delta)}.")
+    if report.drop_select is not None:
+        source = report.deciding.source if report.deciding else "the deciding images"
+        lines.append(f"Decided on {source}: {format_interval(report.drop_select)}.")
+    if report.drop_report is not None:
+        lines.append(f"Reported on the other images: {format_interval(report.drop_report)}.")
+    return lines
+
+
+class Progress:
+    """Show on standard error how far a run is: one live line on a terminal, else a line now and then.
+
+    Without a terminal a line is written when the phase changes and then at most every ten seconds. `quiet`
+    writes nothing at all.
+    """
+
+    def __init__(
+        self,
+        quiet: bool,
+        terminal: bool,
+        file: IO[str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._quiet = quiet
+        self._clock = clock
+        self._console = Console(
+            file=file or sys.stderr, force_terminal=terminal, highlight=False, soft_wrap=not terminal
+        )
+        self._event = Event("")
+        self._seen = self._written = clock()
+        live = terminal and not quiet
+        # Standard output may carry JSON, so rich must not take it over while the line is live.
+        self._live = (
+            Live(
+                get_renderable=self._line,
+                console=self._console,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            if live
+            else None
+        )
+
+    def __enter__(self) -> Progress:
+        """Start the live line."""
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the live line away."""
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event; this is what the conductor is given."""
+        now = self._clock()
+        changed = event.phase != self._event.phase
+        self._event, self._seen = event, now
+        if self._quiet or self._live is not None or not (changed or now - self._written >= PAUSE):
+            return
+        self._written = now
+        self._console.print(self._line())
+
+    def message(self, text: str) -> None:
+        """Write one line that stays, above the live one."""
+        if not self._quiet:
+            self._console.print(Text(text))
+
+    def _line(self) -> Text:
+        event = self._event
+        elapsed = event.elapsed + (self._clock() - self._seen)
+        times = format_seconds(elapsed)
+        if event.time_left is not None:
+            left = max(event.time_left - (self._clock() - self._seen), 0.0)
+            times += f", about {format_seconds(left)} left"
+        start = ": ".join(part for part in (event.phase, event.detail) if part)
+        room = WIDTH - 1 - len(times) - 3
+        start = start if len(start) <= room else f"{start[: room - 1]}…"
+        return Text(f"{start} ({times})" if start else "", no_wrap=True, overflow="ellipsis")

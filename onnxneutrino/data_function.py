@@ -1,0 +1,90 @@
+"""A function in the user's own file, `file.py:function`: how it is found, and where it failed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxneutrino.errors import NeutrinoError
+
+
+@dataclass(frozen=True, eq=False)
+class UserFunction:
+    """A function of the user, the file it is from, and the error to raise where it fails."""
+
+    path: Path
+    name: str
+    function: Callable[..., Any]
+    error: type[NeutrinoError]
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the function.
+
+        Raises:
+            NeutrinoError: the function raised; the line names file and line.
+        """
+        try:
+            return self.function(*arguments)
+        except Exception as error:
+            raise self.failure(error) from error
+
+    def failure(self, error: Exception) -> NeutrinoError:
+        """Return the one line for an exception out of the user's code."""
+        return self.error(f"{_place(error, self.path)}: {self.name} failed with {describe(error)}")
+
+
+def is_function(reference: str) -> bool:
+    """Whether `reference` has the form `file.py:function`."""
+    file, _, name = reference.rpartition(":")
+    return file.endswith(".py") and name != ""
+
+
+def load_function(reference: str, base: Path, error: type[NeutrinoError]) -> UserFunction:
+    """Load `file.py:function`; a relative file starts from `base`.
+
+    Raises:
+        NeutrinoError: of the type `error`, for a file or function that is missing or cannot be imported.
+    """
+    file, _, name = reference.rpartition(":")
+    path = base / Path(file).expanduser()
+    if not path.is_file():
+        raise error(f"{path}: not found; '{reference}' must name a Python file and a function in it")
+    module_name = f"onnxneutrino_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise error(f"{path}: is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    folder = str(path.parent.resolve())
+    # As for a script: its folder can be imported from. Dataclasses look their module up in sys.modules.
+    sys.modules[module_name] = module
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as problem:
+        raise error(f"{path}, line {problem.lineno}: {problem.msg}") from problem
+    except Exception as problem:
+        raise error(f"{_place(problem, path)}: cannot be imported, {describe(problem)}") from problem
+    finally:
+        sys.path.remove(folder)
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise error(f"{path}: has no function '{name}' (it has {', '.join(known) or 'none'})")
+    return UserFunction(path, name, function, error)
+
+
+def describe(error: BaseException) -> str:
+    """Write an exception on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _place(error: BaseException, path: Path) -> str:
+    """File and the last line in it that the exception went through."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+    return f"{path}, line {frames[-1].lineno}" if frames else str(path)

@@ -1,0 +1,59 @@
+"""Fewer channels after the kernel: `kh×kw (I → r)`, then `1×1 (r → O)`; for a matrix, `I → r → O`.
+
+The best `M` of rank r projects the outputs on the top r eigenvectors `E` (`O × r`) of their centred
+covariance: `M = E Eᵀ W`, with `WΣWᵀ E = E Λ`; its error is the sum of the discarded eigenvalues.
+Zhang, Zou, He and Sun, Accelerating very deep convolutional networks, 2015 (section 3.1).
+With a weighting G: eigenvectors of `G^½WΣWᵀG^½`, `M = G^-½ E Eᵀ G^½ W`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from onnxneutrino.factor_fit import Double, Problem, check_ranks, stage, top_eigenvectors
+from onnxneutrino.factors import Factors
+from onnxneutrino.plan import Form
+
+
+class OutputProjection:
+    """The forms `svd` and `channel` of one layer."""
+
+    def __init__(self, form: Form, problem: Problem) -> None:
+        self.form = form
+        self.problem = problem
+
+    @property
+    def limit(self) -> tuple[int, ...]:
+        """`min(O, D)`."""
+        return (min(self.problem.target.shape),)
+
+    @cached_property
+    def _spectrum(self) -> tuple[Double, Double]:
+        """Error at ranks 0 to limit, `(limit + 1,)`, and eigenvectors `(O, limit)`.
+
+        The vectors are those of the regularised covariance, the errors those on Σ: `tr C - Σ eᵀCe`.
+        """
+        target = self.problem.target.astype(np.float64)
+        covariance = target @ self.problem.target_sigma.T.astype(np.float64)
+        covariance = (covariance + covariance.T) / 2
+        _, vectors = top_eigenvectors(covariance + self.problem.ridge * (target @ target.T), self.limit[0])
+        gains = np.einsum("or,op,pr->r", vectors, covariance, vectors, optimize=True)
+        return self.problem.energy - np.concatenate([[0.0], np.cumsum(gains)]), vectors
+
+    def errors(self, grid: Sequence[tuple[int, ...]]) -> list[float]:
+        """Relative squared output error at each rank of `grid`."""
+        return [self.problem.relative(float(self._spectrum[0][rank])) for (rank,) in grid]
+
+    def factors(self, ranks: tuple[int, ...]) -> Factors:
+        """The chain at `ranks`: `EᵀG^½W` and `G^-½E`."""
+        check_ranks(self.form, ranks, self.limit)
+        (rank,) = ranks
+        errors, vectors = self._spectrum
+        kept = vectors[:, :rank]
+        first = (kept.T @ self.problem.target).reshape(rank, *self.problem.weight.shape[1:])
+        last = self.problem.unweighted(kept)[:, :, None, None]
+        stages = (stage(first), stage(last))
+        return self.problem.chain(self.form, ranks, stages, float(errors[rank]))

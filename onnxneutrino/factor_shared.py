@@ -1,0 +1,144 @@
+"""A first stage that is the same at every tap, and the best last stage on its features.
+
+Split the patch's axes into `f` (`F` values, which the first stage mixes) and `t` (`T` taps, at each of which
+it is applied alike): `W[o, (f, t)]`, features `z = B x` with `B = V ⊗ I_T`, `V` of shape `(r, F)`. Then
+
+    `S = mean over t of Σ[(f, t), (g, t)] = K Kᵀ`,   `N = Σ_t W_tᵀ G W_t`  (`F × F`),
+    `E` = top r eigenvectors of `Kᵀ N K`,            `V = Eᵀ K⁻¹`,
+    `R = B Σ Bᵀ = L Lᵀ`,  `Y = W Σ Bᵀ L⁻ᵀ`,          last stage `P = Y L⁻¹`,  error `tr G(WΣWᵀ - YYᵀ)`.
+
+The Cholesky factor `K` stands for `S^½`: both give the same `V`. Its rows are then made orthonormal from the
+first to the last, which changes no leading span, hence no fit, and makes `B Bᵀ = I`: float32 products are
+accurate, and Σ's ridge is one on `R`. Leading rows are the lower ranks, so that leading blocks of one `L` and
+one `Y` serve every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from onnxneutrino.factor_fit import Double, Problem, cholesky, top_eigenvectors
+from onnxneutrino.plan import Array
+
+
+@dataclass(frozen=True, eq=False)
+class Nested:
+    """The fit at all ranks up to `r`.
+
+    Attributes:
+        first: `V`, `(r, F)`, orthonormal rows.
+        lower: `L`, `(r·T, r·T)`.
+        whitened: `Y`, `(O, r·T)`.
+        direct: `G^½WBᵀ`, `(O, r·T)`.
+    """
+
+    first: Double
+    lower: Double
+    whitened: Double
+    direct: Array
+
+    def last(self, block: int) -> Double:
+        """`P` on the first `block` features, `(O, block)`."""
+        lower = self.lower[:block, :block]
+        solved = scipy.linalg.solve_triangular(lower, self.whitened[:, :block].T, trans="T", lower=True)
+        return np.ascontiguousarray(solved.T)
+
+
+class SharedFeatures:
+    """Fits of one layer with a first stage on the axes `f`; solved on first use, again for a higher rank.
+
+    Args:
+        problem: the layer.
+        order: positions of the patch's elements in the order `(f, t)`; None where they are so already.
+        taps: `T`.
+    """
+
+    def __init__(self, problem: Problem, taps: int, order: NDArray[np.int64] | None = None) -> None:
+        self.problem = problem
+        self.taps = taps
+        self.order = order
+        self._nested: Nested | None = None
+
+    @property
+    def width(self) -> int:
+        """`F`: how many values the first stage mixes."""
+        return int(self.problem.target.shape[1]) // self.taps
+
+    @property
+    def limit(self) -> int:
+        """`min(F, O·T)`: the rank that is exact."""
+        return min(self.width, len(self.problem.target) * self.taps)
+
+    def nested(self, rank: int) -> Nested:
+        """The fit at ranks up to `rank` or above."""
+        if self._nested is None or len(self._nested.first) < rank:
+            self._nested = self._solve(rank)
+        return self._nested
+
+    def error(self, rank: int) -> float:
+        """`tr G (W - M)Σ(W - M)ᵀ` at `rank`.
+
+        The fit minimises it on `Σ' = Σ + ρI`: there it is `tr GWΣ'Wᵀ - |Y|²`, of which the ridge's share,
+        `ρ|G^½W - PB|²`, is taken away.
+        """
+        nested, block = self.nested(rank), rank * self.taps
+        whitened, direct, last = nested.whitened[:, :block], nested.direct[:, :block], nested.last(block)
+        shrunk = float(2 * np.vdot(last, direct) - np.vdot(last, last))
+        return self.problem.energy - float(np.vdot(whitened, whitened)) + self.problem.ridge * shrunk
+
+    def tap_moment(self) -> Double:
+        """`S + ρI`, `(F, F)`."""
+        moments, taps = self.problem.moments, self.taps
+        if moments.sigma is not None:
+            sigma = moments.sigma if self.order is None else moments.sigma[np.ix_(self.order, self.order)]
+            blocks = sigma.reshape(self.width, taps, self.width, taps)
+            total = np.einsum("ftgt->fg", blocks, dtype=np.float64) / taps
+        else:
+            columns = self._columns().reshape(self.width, -1)
+            total = (columns @ columns.T).astype(np.float64) / (taps * moments.count)
+        return np.asarray(total + self.problem.ridge * np.eye(self.width))
+
+    def _columns(self) -> Array:
+        """The rows of the moments as columns `(D, n)`, in the order `(f, t)`."""
+        assert self.problem.moments.rows is not None
+        return np.ascontiguousarray(self._ordered(self.problem.moments.rows).T)
+
+    def _ordered(self, matrix: Array) -> Array:
+        return matrix if self.order is None else matrix[:, self.order]
+
+    def _first(self, rank: int) -> Double:
+        """`V`, `(rank, F)`, orthonormal rows."""
+        target = self._ordered(self.problem.target).reshape(-1, self.width, self.taps)
+        flat = np.ascontiguousarray(target.transpose(1, 0, 2)).reshape(self.width, -1)
+        lower = cholesky(self.tap_moment())
+        inner = lower.T @ (flat @ flat.T).astype(np.float64) @ lower
+        _, vectors = top_eigenvectors(inner, rank)
+        first = scipy.linalg.solve_triangular(lower, vectors, trans="T", lower=True)
+        return np.ascontiguousarray(np.linalg.qr(first)[0].T)
+
+    def _solve(self, rank: int) -> Nested:
+        moments, ridge = self.problem.moments, self.problem.ridge
+        first = self._first(rank)
+        single = first.astype(np.float32)
+
+        def project(matrix: Array) -> Array:
+            """`B · matrix` for a matrix `(D, n)` in the order `(f, t)`."""
+            columns = np.ascontiguousarray(matrix).reshape(self.width, -1)
+            return np.asarray((single @ columns).reshape(rank * self.taps, -1))
+
+        if moments.sigma is not None:
+            sigma = moments.sigma if self.order is None else moments.sigma[np.ix_(self.order, self.order)]
+            inner = project(project(sigma).T).astype(np.float64)
+        else:
+            features = project(self._columns())
+            inner = (features @ features.T).astype(np.float64) / moments.count
+        inner[np.diag_indices_from(inner)] += ridge
+        direct = project(self._ordered(self.problem.target).T).T
+        outer = project(self._ordered(self.problem.target_sigma).T).astype(np.float64) + ridge * direct.T
+        lower = cholesky(inner)
+        whitened = scipy.linalg.solve_triangular(lower, outer, lower=True)
+        return Nested(first, lower, np.ascontiguousarray(whitened.T), np.ascontiguousarray(direct))

@@ -1,0 +1,66 @@
+"""One axis after the other: `kh×1 (I → r)`, then `1×kw (r → O)`, or the other way round; and no axis at all.
+
+The first stage mixes the channels and one axis, alike at every position of the other axis: with
+`f = (i, a)`, `t = b` (`spatial_hv`) or `f = (i, b)`, `t = a` (`spatial_vh`) this is factor_shared.
+Jaderberg, Vedaldi and Zisserman, Speeding up convolutional neural networks with low rank expansions, 2014,
+scheme 2, here fitted to the outputs. `input` mixes the channels alone, `f = i`, `t = (a, b)`:
+`1×1 (I → r)`, then `kh×kw (r → O)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnxneutrino.factor_fit import Problem, check_ranks, stage
+from onnxneutrino.factor_shared import SharedFeatures
+from onnxneutrino.factors import Factors
+from onnxneutrino.plan import Form
+
+
+def channel_features(problem: Problem) -> SharedFeatures:
+    """Features `1×1 (I → r)`, for `input`, `tucker2` and `cp`."""
+    _, _, kh, kw = problem.weight.shape
+    return SharedFeatures(problem, kh * kw)
+
+
+class SharedFirst:
+    """The forms `input`, `spatial_hv` and `spatial_vh` of one layer."""
+
+    def __init__(self, form: Form, problem: Problem, features: SharedFeatures | None = None) -> None:
+        self.form = form
+        self.problem = problem
+        _, inputs, kh, kw = problem.weight.shape
+        if form == "spatial_hv":
+            features = SharedFeatures(problem, kw)
+        elif form == "spatial_vh":
+            order = np.arange(inputs * kh * kw).reshape(inputs, kh, kw).transpose(0, 2, 1).ravel()
+            features = SharedFeatures(problem, kh, order)
+        self.features = features if features is not None else channel_features(problem)
+
+    @property
+    def limit(self) -> tuple[int, ...]:
+        """`min(F, O·T)`."""
+        return (self.features.limit,)
+
+    def errors(self, grid: Sequence[tuple[int, ...]]) -> list[float]:
+        """Relative squared output error at each rank of `grid`."""
+        self.features.nested(max(rank for (rank,) in grid))
+        return [self.problem.relative(self.features.error(rank)) for (rank,) in grid]
+
+    def factors(self, ranks: tuple[int, ...]) -> Factors:
+        """The chain at `ranks`: `V` and `G^-½P`."""
+        check_ranks(self.form, ranks, self.limit)
+        (rank,) = ranks
+        outputs, inputs, kh, kw = self.problem.weight.shape
+        nested = self.features.nested(rank)
+        kernels = {
+            "input": ((1, 1), (kh, kw)),
+            "spatial_hv": ((kh, 1), (1, kw)),
+            "spatial_vh": ((1, kw), (kh, 1)),
+        }[self.form]
+        first = nested.first[:rank].reshape(rank, inputs, *kernels[0])
+        last = self.problem.unweighted(nested.last(rank * self.features.taps))
+        stages = (stage(first), stage(last.reshape(outputs, rank, *kernels[1])))
+        return self.problem.chain(self.form, ranks, stages, self.features.error(rank))

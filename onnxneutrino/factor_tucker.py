@@ -1,0 +1,65 @@
+"""Tucker-2: `1×1 (I → r1)`, `kh×kw (r1 → r2)`, `1×1 (r2 → O)`.
+
+The first stage `A` and the best `P` on its features are those of `input` at r1 (factor_shared). Of `P`'s
+output, whose second moment is `Q = PRPᵀ = YYᵀ`, the top r2 eigenvectors `F` of `G^½QG^½` are kept:
+last stage `U = G^-½F`, core `FᵀG^½P`, error `tr G WΣWᵀ` less the kept eigenvalues. One eigendecomposition
+per r1 gives every r2. Kim et al., Compression of deep convolutional neural networks for fast and low power
+mobile applications, 2016, here fitted to the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnxneutrino.factor_fit import Double, check_ranks, stage, top_eigenvectors
+from onnxneutrino.factor_shared import SharedFeatures
+from onnxneutrino.factors import Factors
+
+
+class Tucker2:
+    """The form `tucker2` of one layer, on the features `1×1 (I → r1)`."""
+
+    def __init__(self, features: SharedFeatures) -> None:
+        self.features = features
+        self.problem = features.problem
+
+    @property
+    def limit(self) -> tuple[int, ...]:
+        """`min(I, O·kh·kw)` and `O`; r2 is also at most `r1·kh·kw`."""
+        return self.features.limit, len(self.problem.target)
+
+    def errors(self, grid: Sequence[tuple[int, ...]]) -> list[float]:
+        """Relative squared output error at each `(r1, r2)` of `grid`."""
+        self.features.nested(max(r1 for r1, _ in grid))
+        curves = {r1: self._truncated(r1)[0] for r1 in sorted({r1 for r1, _ in grid})}
+        return [self.problem.relative(float(curves[r1][r2])) for r1, r2 in grid]
+
+    def factors(self, ranks: tuple[int, ...]) -> Factors:
+        """The chain at `ranks`: `A`, `FᵀG^½P` and `G^-½F`."""
+        r1, r2 = ranks
+        check_ranks("tucker2", ranks, (self.limit[0], min(self.limit[1], r1 * self.features.taps)))
+        _, _, kh, kw = self.problem.weight.shape
+        errors, vectors, last = self._truncated(r1)
+        kept = vectors[:, :r2]
+        stages = (
+            stage(self.features.nested(r1).first[:r1, :, None, None]),
+            stage((kept.T @ last).reshape(r2, r1, kh, kw)),
+            stage(self.problem.unweighted(kept)[:, :, None, None]),
+        )
+        return self.problem.chain("tucker2", ranks, stages, float(errors[r2]))
+
+    def _truncated(self, r1: int) -> tuple[Double, Double, Double]:
+        """Errors at r2 = 0 to O, eigenvectors `F` `(O, O)` and `G^½P` `(O, r1·T)` at `r1`.
+
+        As in `SharedFeatures.error`, the ridge's share is taken away: each eigenvector's own.
+        """
+        nested, block = self.features.nested(r1), r1 * self.features.taps
+        whitened, direct = nested.whitened[:, :block], nested.direct[:, :block].astype(np.float64)
+        last = nested.last(block)
+        gains, vectors = top_eigenvectors(whitened @ whitened.T, len(whitened))
+        turned = vectors.T @ last
+        shrunk = np.einsum("rb,rb->r", turned, 2 * (vectors.T @ direct) - turned)
+        gains = gains - self.problem.ridge * shrunk
+        return self.problem.energy - np.concatenate([[0.0], np.cumsum(gains)]), vectors, last

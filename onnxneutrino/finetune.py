@@ -1,0 +1,341 @@
+"""Fine-tuning with ONNX Runtime training: the only module that knows it.
+
+The training copy of a model (lowered operators, fixed batch) gets a distillation loss in its own graph;
+`onnxruntime.training.artifacts` adds the gradients, AdamW steps on them, and the trained arrays come back by
+initializer name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import queue
+import sys
+import tempfile
+import threading
+import time
+import types
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper
+
+from onnxneutrino.errors import TrainingError
+from onnxneutrino.graph import capped_ir
+from onnxneutrino.losses import Loss, loss_inputs, with_loss
+
+Arrays = dict[str, NDArray[Any]]
+MINIMUM_OPSET = 13
+WARMUP_SHARE = 0.05
+MAX_GRADIENT_NORM = 1.0
+TIMED_STEPS = 4
+
+# Gradients measured right on the CPU (finite differences behind a trainable Conv, ONNX Runtime 1.19.2), and
+# operators whose output does not depend on a float input, through which no gradient is asked.
+# fmt: off
+TRAINABLE_OPERATORS = frozenset((
+    "Conv", "Gemm", "MatMul", "Relu", "LeakyRelu", "Sigmoid", "Tanh", "Gelu", "Clip", "Max", "Min", "MaxPool",
+    "AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum", "ReduceL2", "Softmax", "LogSoftmax", "Concat",
+    "Split", "Slice", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Tile", "Gather",
+    "Where", "TopK", "Add", "Sub", "Mul", "Div", "Pow", "Exp", "Log", "Sqrt", "Abs", "Neg", "Erf", "Sin", "Cos",
+    "Identity", "Cast", "Dropout", "Constant", "ConstantOfShape", "Shape", "Equal", "Greater", "Less", "Not",
+    "And", "Or", "ArgMax", "ArgMin", "Range",
+))
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of AdamW: warm-up over the first 5 %, then a cosine to zero."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step `step`, counted from 0."""
+        warmup = max(1, round(WARMUP_SHARE * self.steps))
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One training batch: the model's inputs, the teacher's outputs, integer labels where there are some."""
+
+    inputs: Arrays
+    teacher: Sequence[NDArray[Any]]
+    labels: NDArray[Any] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """Arrays by initializer name, the loss of every step, and what was run."""
+
+    arrays: Arrays
+    losses: tuple[float, ...]
+    schedule: Schedule
+    seconds: float
+
+
+def untrainable(model: ModelProto, trainable: Sequence[str], outputs: Sequence[str]) -> list[tuple[str, str]]:
+    """Nodes `(name, operator)` on the way from a trainable initializer to the loss that have no right gradient."""
+    reached = set(trainable)
+    after: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if reached & set(node.input):
+            reached |= set(node.output)
+            after.append(node)
+    needed = set(outputs)
+    faults = []
+    for node in reversed(after):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            if node.domain not in ("", "ai.onnx") or not _has_gradient(node):
+                faults.append((node.name, node.op_type))
+    return faults[::-1]
+
+
+def _has_gradient(node: onnx.NodeProto) -> bool:
+    if node.op_type not in TRAINABLE_OPERATORS:
+        return False
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if node.op_type == "Pad":
+        return bool(attributes.get("mode", b"constant") == b"constant")
+    if node.op_type == "Conv":
+        return attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+    return True
+
+
+class Trainer:
+    """Training artifacts of one training copy, ready to step.
+
+    Use it as a context manager: the artifacts lie in a temporary folder.
+    """
+
+    def __init__(self, model: ModelProto, trainable: Sequence[str], loss: Loss, threads: int) -> None:
+        """Make the artifacts.
+
+        Args:
+            model: training copy: lowered operators, opset >= 13, every input with a fixed batch.
+            trainable: names of the initializers to train.
+            loss: what to learn.
+            threads: threads within an operator.
+
+        Raises:
+            TrainingError: an operator between a trainable initializer and the loss has no right gradient, or
+                the training runtime refuses the graph.
+        """
+        faults = untrainable(model, trainable, loss.outputs)
+        if faults:
+            kinds = sorted({operator for _, operator in faults})
+            raise TrainingError(
+                f"node '{faults[0][0]}': ONNX Runtime training has no right gradient for {', '.join(kinds)}; "
+                "use --trainer none (factors and refit, no fine-tuning), or export without it"
+            )
+        self.loss = loss
+        self._folder = tempfile.TemporaryDirectory(prefix="onnxneutrino-")
+        graph_model, self._feeds = with_loss(model, loss)
+        self.batch = int(graph_model.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
+        self.trainable = consumed(graph_model, trainable)
+        try:
+            self._module, self._optimizer, self._state = _artifacts(
+                graph_model, self.trainable, Path(self._folder.name), threads
+            )
+        except Exception as error:
+            self._folder.cleanup()
+            text = str(error).strip().splitlines() or [type(error).__name__]
+            raise TrainingError(f"ONNX Runtime training refuses the model: {text[0]}") from error
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def step(self, example: Example, rate: float) -> float:
+        """One AdamW step; the loss before it.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        self._optimizer.set_learning_rate(rate)
+        loss = float(np.asarray(self._module(*self._inputs(example))).reshape(-1)[0])
+        if not math.isfinite(loss):
+            raise TrainingError(f"the training loss became {loss}; lower the learning rate or check the data")
+        self._optimizer.step()
+        self._module.lazy_reset_grad()
+        return loss
+
+    def gradients(self, example: Example) -> Arrays:
+        """Gradients of the loss by initializer name, for one batch; nothing is updated."""
+        self._module(*self._inputs(example))
+        found = {name: np.array(self._state.parameters[name].grad) for name in self.trainable}
+        self._module.lazy_reset_grad()
+        return found
+
+    def arrays(self) -> Arrays:
+        """The trainable initializers as they are now."""
+        return {name: np.array(self._state.parameters[name].data) for name in self.trainable}
+
+    def _inputs(self, example: Example) -> list[NDArray[Any]]:
+        values: Arrays = dict(example.inputs)
+        values.update(loss_inputs(self.loss, example.teacher, example.labels))
+        return [np.ascontiguousarray(values[name]) for name in self._feeds]
+
+
+def consumed(model: ModelProto, names: Sequence[str]) -> list[str]:
+    """Those `names` that a node on the way to an output consumes; the gradient builder fails on others."""
+    needed = {value.name for value in model.graph.output}
+    for node in reversed(model.graph.node):
+        if needed & set(node.output):
+            needed |= set(node.input)
+    return [name for name in names if name in needed]
+
+
+def _training_package() -> tuple[Any, Any, Any]:
+    """Import ONNX Runtime's artifact builder, blocks and training API without torch.
+
+    `onnxruntime.training/__init__` imports `amp` and `optim`, which need torch; the three modules used here
+    do not. A bare package with the same path lets them be imported alone.
+    """
+    name = "onnxruntime.training"
+    if name not in sys.modules:
+        spec = importlib.util.find_spec("onnxruntime")
+        folder = Path(spec.origin).parent / "training" if spec is not None and spec.origin else None
+        if folder is None or not folder.is_dir():
+            raise TrainingError(
+                "this onnxruntime cannot train; run: pip uninstall -y onnxruntime && "
+                "pip install --force-reinstall onnxruntime-training-cpu==1.19.2"
+            )
+        package = types.ModuleType(name)
+        package.__path__ = [str(folder)]
+        sys.modules[name] = package
+    from onnxruntime.training import api, artifacts, onnxblock
+
+    return artifacts, onnxblock, api
+
+
+def _artifacts(model: ModelProto, trainable: Sequence[str], folder: Path, threads: int) -> tuple[Any, Any, Any]:
+    artifacts, onnxblock, api = _training_package()
+    import onnxruntime
+
+    model = capped_ir(model)
+    with _silent_stderr():
+        artifacts.generate_artifacts(
+            model,
+            requires_grad=list(trainable),
+            loss=None,
+            optimizer=onnxblock.optim.AdamW(clip_grad=onnxblock.optim.ClipGradNorm(MAX_GRADIENT_NORM)),
+            artifact_directory=str(folder),
+        )
+    for name in ("training_model.onnx", "eval_model.onnx", "optimizer_model.onnx"):
+        onnx.save(capped_ir(onnx.load(folder / name)), folder / name)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    state = api.CheckpointState.load_checkpoint(str(folder / "checkpoint"))
+    module = api.Module(str(folder / "training_model.onnx"), state, session_options=options)
+    optimizer = api.Optimizer(str(folder / "optimizer_model.onnx"), module)
+    return module, optimizer, state
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Send file descriptor 2 to nowhere: the gradient builder writes there whatever the logger's level."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def fine_tune(
+    trainer: Trainer,
+    examples: Iterator[Example],
+    *,
+    seconds: float,
+    learning_rate: float,
+    steps: int | None = None,
+    report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+) -> Trained:
+    """Train for about `seconds`: the first steps are timed at rate zero and fix the number of steps.
+
+    Args:
+        trainer: the artifacts.
+        examples: endless batches of the trainer's size.
+        seconds: wall time to spend, data and teacher included.
+        learning_rate: peak of AdamW's learning rate.
+        steps: number of steps, when it is known already; nothing is timed then.
+        report: called with step, steps and loss about once a second.
+    """
+    start = time.perf_counter()
+    if steps is None:
+        trainer.step(next(examples), 0.0)
+        timed = time.perf_counter()
+        for _ in range(TIMED_STEPS):
+            trainer.step(next(examples), 0.0)
+        now = time.perf_counter()
+        steps = max(1, int((seconds - (now - start)) / ((now - timed) / TIMED_STEPS)))
+    schedule = Schedule(steps, trainer.batch, learning_rate)
+    losses: list[float] = []
+    told = time.perf_counter()
+    for step in range(steps):
+        losses.append(trainer.step(next(examples), schedule.rate(step)))
+        if time.perf_counter() - told > 1.0:
+            told = time.perf_counter()
+            report(step + 1, steps, float(np.mean(losses[-20:])))
+    return Trained(trainer.arrays(), tuple(losses), schedule, time.perf_counter() - start)
+
+
+def prefetched(examples: Iterator[Example], depth: int = 2) -> Generator[Example, None, None]:
+    """The same examples, made in a second thread while the trainer steps; its errors are raised here."""
+    waiting: queue.Queue[Example | BaseException | None] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: Example | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                waiting.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for example in examples:
+                put(example)
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (item := waiting.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def trainable_arrays(arrays: Mapping[str, NDArray[Any]], names: Sequence[str]) -> list[str]:
+    """Those `names` that are float arrays."""
+    return [name for name in names if name in arrays and arrays[name].dtype == np.float32]

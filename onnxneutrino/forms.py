@@ -1,0 +1,124 @@
+"""Which forms a layer can take, which method fits each, and what its chain looks like: the one table.
+
+| form | chain |
+|---|---|
+| `svd`, `channel` | `kh×kw (I → r)`, `1×1 (r → O)` |
+| `input` | `1×1 (I → r)`, `kh×kw (r → O)` |
+| `spatial_hv` | `kh×1 (I → r)`, `1×kw (r → O)` |
+| `spatial_vh` | `1×kw (I → r)`, `kh×1 (r → O)` |
+| `tucker2` | `1×1 (I → r1)`, `kh×kw (r1 → r2)`, `1×1 (r2 → O)` |
+| `cp` | `1×1 (I → r)`, depthwise `kh×1`, depthwise `1×kw`, `1×1 (r → O)` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+
+from onnxneutrino.factor_channel import OutputProjection
+from onnxneutrino.factor_cp import Cp
+from onnxneutrino.factor_fit import Decomposition, Problem
+from onnxneutrino.factor_shared import SharedFeatures
+from onnxneutrino.factor_spatial import SharedFirst, channel_features
+from onnxneutrino.factor_tucker import Tucker2
+from onnxneutrino.factors import Moments, Stage
+from onnxneutrino.plan import Array, Form
+
+METHODS: Mapping[Form, Callable[[Problem, SharedFeatures], Decomposition]] = MappingProxyType(
+    {
+        "svd": lambda problem, _: OutputProjection("svd", problem),
+        "channel": lambda problem, _: OutputProjection("channel", problem),
+        "input": lambda problem, features: SharedFirst("input", problem, features),
+        "spatial_hv": lambda problem, _: SharedFirst("spatial_hv", problem),
+        "spatial_vh": lambda problem, _: SharedFirst("spatial_vh", problem),
+        "tucker2": lambda _, features: Tucker2(features),
+        "cp": lambda _, features: Cp(features),
+    }
+)
+
+
+def applicable(shape: tuple[int, ...]) -> tuple[Form, ...]:
+    """Forms of a layer with a weight of `shape` `(O, I, kh, kw)`."""
+    _, _, kh, kw = shape
+    if kh == kw == 1:
+        return ("svd",)
+    if kh == 1 or kw == 1:
+        return ("channel", "input", "tucker2", "cp")
+    return ("channel", "input", "spatial_hv", "spatial_vh", "tucker2", "cp")
+
+
+def decompose(
+    form: Form, weight: Array, bias: Array, moments: Moments, weighting: Array | None = None
+) -> Decomposition:
+    """Prepare one form of a layer; nothing is computed before ranks are asked for.
+
+    Args:
+        form: one of `applicable(weight.shape)`.
+        weight: `(O, I, kh, kw)`.
+        bias: `(O,)`.
+        moments: of the layer's input patches.
+        weighting: `G`, `(O, O)`; None for the identity.
+
+    Raises:
+        ValueError: a form this weight cannot take, or shapes that do not agree.
+    """
+    if form not in applicable(weight.shape):
+        raise ValueError(f"{form}: not a form of a weight {weight.shape}")
+    problem = Problem(weight, bias, moments, weighting)
+    return METHODS[form](problem, channel_features(problem))
+
+
+def decompose_all(
+    weight: Array, bias: Array, moments: Moments, weighting: Array | None = None
+) -> dict[Form, Decomposition]:
+    """Prepare all applicable forms of a layer; they share what they have in common."""
+    problem = Problem(weight, bias, moments, weighting)
+    features = channel_features(problem)
+    return {form: METHODS[form](problem, features) for form in applicable(weight.shape)}
+
+
+def full_ranks(form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Ranks at which the chain equals a weight of `shape`: `Decomposition.limit`, without the moments."""
+    outputs, inputs, kh, kw = shape
+    limits: dict[Form, tuple[int, ...]] = {
+        "svd": (min(outputs, inputs * kh * kw),),
+        "channel": (min(outputs, inputs * kh * kw),),
+        "input": (min(inputs, outputs * kh * kw),),
+        "spatial_hv": (min(inputs * kh, outputs * kw),),
+        "spatial_vh": (min(inputs * kw, outputs * kh),),
+        "tucker2": (min(inputs, outputs * kh * kw), outputs),
+        "cp": (inputs * kh * kw,),
+    }
+    return limits[form]
+
+
+def skeleton(form: Form, shape: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[Stage, ...]:
+    """The chain's stages with weights that have a shape and take no memory, for counting its cost.
+
+    Args:
+        form: which chain.
+        shape: `(O, I, kh, kw)` of the layer's weight.
+        ranks: `(r,)`, or `(r1, r2)` for `tucker2`.
+    """
+    outputs, inputs, kh, kw = shape
+    rank = ranks[0]
+    if form in ("svd", "channel"):
+        return _empty(rank, inputs, kh, kw), _empty(outputs, rank, 1, 1)
+    if form == "input":
+        return _empty(rank, inputs, 1, 1), _empty(outputs, rank, kh, kw)
+    if form == "spatial_hv":
+        return _empty(rank, inputs, kh, 1), _empty(outputs, rank, 1, kw)
+    if form == "spatial_vh":
+        return _empty(rank, inputs, 1, kw), _empty(outputs, rank, kh, 1)
+    if form == "tucker2":
+        core = _empty(ranks[1], rank, kh, kw)
+        return _empty(rank, inputs, 1, 1), core, _empty(outputs, ranks[1], 1, 1)
+    rows = (_empty(rank, 1, kh, 1, groups=rank),) if kh > 1 else ()
+    columns = (_empty(rank, 1, 1, kw, groups=rank),) if kw > 1 else ()
+    return _empty(rank, inputs, 1, 1), *rows, *columns, _empty(outputs, rank, 1, 1)
+
+
+def _empty(*shape: int, groups: int = 1) -> Stage:
+    return Stage(np.broadcast_to(np.float32(0), shape), groups)

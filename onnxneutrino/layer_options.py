@@ -1,0 +1,97 @@
+"""What can become of one layer, in the unit of the objective: from its fits to the allocation's options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
+from onnxneutrino.allocate import Option, ladder
+from onnxneutrino.candidates import Point, candidates, cp_challenger, point, spread
+from onnxneutrino.factor_fit import Decomposition
+from onnxneutrino.factors import Factors, Moments
+from onnxneutrino.forms import decompose, decompose_all
+from onnxneutrino.plan import Choice, Form, Layer
+
+PAIR_STEPS = 12
+STEPS = 24
+CP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+def cost_unit(layer: Layer, objective: str) -> Callable[[Point], float]:
+    """How the objective counts a layer: elements, bytes, or multiply-accumulates.
+
+    `size` and `memory` count bytes of weights; `latency` counts multiply-accumulates, a stand-in: what a model
+    really takes is measured when it is finished.
+    """
+    if objective in ("size", "memory"):
+        width = 2 if layer.half else 4
+        return lambda own: float(width * own.params)
+    if objective in ("macs", "latency"):
+        return lambda own: float(own.macs)
+    return lambda own: float(own.params)
+
+
+class LayerOptions:
+    """The fits of one layer: on the original in every form, or on a trained chain in its own form."""
+
+    def __init__(self, layer: Layer, moments: Moments, objective: str, current: Factors | None = None) -> None:
+        """Prepare the fits; the expensive part runs when options or factors are asked for.
+
+        Args:
+            layer: with the weight to fit.
+            moments: of its input patches.
+            objective: what costs are counted in.
+            current: the trained chain whose product the weight is; the form is then frozen.
+        """
+        self.layer = layer
+        self.current = current
+        self._unit = cost_unit(layer, objective)
+        self.fits: Mapping[Form, Decomposition] = (
+            decompose_all(layer.weight, layer.bias, moments)
+            if current is None
+            else {current.form: decompose(current.form, layer.weight, layer.bias, moments)}
+        )
+
+    @cached_property
+    def whole(self) -> Option:
+        """The layer as it is in the original."""
+        return Option(None, self._unit(Point(None, self.layer.params, self.layer.macs, 0.0)), 0.0)
+
+    @cached_property
+    def options(self) -> list[Option]:
+        """Options, cheapest and worst first; the loss is the relative output error."""
+        points = candidates(self.layer, self.fits) if self.current is None else self._smaller(self.current)
+        return ladder([Option(p.choice, self._unit(p), p.error) for p in points])
+
+    def _smaller(self, current: Factors) -> list[Point]:
+        """The trained chain as it is, and truncations of its product."""
+        form = current.form
+        if form == "cp":
+            grid = [(max(1, int(share * current.ranks[0])),) for share in CP_SHARES]
+        elif form == "tucker2":
+            first, second = (spread(rank, PAIR_STEPS) for rank in current.ranks)
+            taps = self.layer.weight.shape[2] * self.layer.weight.shape[3]
+            grid = [(r1, r2) for r1 in first for r2 in second if r2 <= r1 * taps]
+        else:
+            grid = [(rank,) for rank in spread(current.ranks[0], STEPS)]
+        limit = self.fits[form].limit
+        grid = [
+            ranks
+            for ranks in dict.fromkeys(grid)
+            if ranks != current.ranks and all(r <= top for r, top in zip(ranks, limit, strict=True))
+        ]
+        errors = self.fits[form].errors(grid) if grid else []
+        points = [point(self.layer, Choice(form, r), e) for r, e in zip(grid, errors, strict=True)]
+        return [*points, point(self.layer, Choice(form, current.ranks), 0.0)]
+
+    def factors(self, choice: Choice) -> Factors:
+        """The fitted chain of an option."""
+        if self.current is not None and choice.ranks == self.current.ranks:
+            return self.current
+        return self.fits[choice.form].factors(choice.ranks)
+
+    def challenger(self, option: Option) -> Option:
+        """CP at equal cost where its error is lower, else the option itself."""
+        if "cp" not in self.fits:
+            return option
+        return cp_challenger(self.layer, option, self.fits["cp"], self._unit)

@@ -1,0 +1,211 @@
+"""From a file and the user's wishes to what every command needs: graph, types, data, metric, original's score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from onnxneutrino import metrics
+from onnxneutrino.config import Config
+from onnxneutrino.data import Dataset, Inputs, InputSpec, Split, open_data
+from onnxneutrino.errors import DataError, ModelError
+from onnxneutrino.losses import Loss
+from onnxneutrino.graph import (
+    TensorType,
+    batch_axes,
+    check,
+    declared_shape,
+    element_dtype,
+    fixed_shapes,
+    real_inputs,
+    tensor_types,
+)
+from onnxneutrino.passes import free_batch
+from onnxneutrino.runtime import Runner, observed_types
+
+CLASSIFIERS = ("top1", "top5", "f1", "agreement")
+BATCH_BYTES = 64 << 20
+EVALUATION_BATCH = 128
+FREED_TOLERANCE = 1e-3
+CHANCE_FACTOR = 1.5
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A checked model with its tensor types at batch 1.
+
+    Attributes:
+        model: as it was given.
+        name: how messages call it.
+        shapes: of its inputs at batch 1.
+        types: of all tensors of the main graph.
+    """
+
+    model: ModelProto
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, TensorType]
+
+
+def open_model(model: ModelProto, name: str, config: Config) -> Opened:
+    """Check a model and find its tensor types.
+
+    Raises:
+        ModelError: the checker refuses it, a weight is not finite, or a free dimension is not fixed.
+    """
+    check(model, name)
+    wanted = {value.name for value in real_inputs(model)}
+    for given in config.input_shape:
+        if given not in wanted:
+            raise ModelError(f"{name}: has no input '{given}'; its inputs are {', '.join(sorted(wanted))}")
+    shapes = fixed_shapes(model, config.input_shape)
+    return Opened(model, name, shapes, types_of(model, shapes))
+
+
+def types_of(model: ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorType]:
+    """Types of all tensors at batch 1: inferred, the rest seen by running once."""
+    return observed_types(model, tensor_types(model, shapes), shapes)
+
+
+def input_specs(opened: Opened) -> list[InputSpec]:
+    """What the data must feed: free axes are None, or as `--input-shape` fixes them."""
+    specs = []
+    axes = batch_axes(opened.model)
+    for value in real_inputs(opened.model):
+        shape: list[int | None] = list(opened.shapes[value.name])
+        if axes[value.name] is not None and shape:
+            shape[0] = None
+        dtype = element_dtype(value.type.tensor_type.elem_type)
+        specs.append(InputSpec(value.name, tuple(shape), dtype))
+    return specs
+
+
+def class_count(opened: Opened, metric: metrics.Metric) -> int | None:
+    """Classes of a classifier with a `(N, C)` output, for checking labels; None for others."""
+    output = opened.types.get(opened.model.graph.output[0].name)
+    if metric.name not in CLASSIFIERS or output is None or len(output.shape) != 2 or output.shape[1] < 2:
+        return None
+    return output.shape[1]
+
+
+def choose_loss(model: ModelProto, types: Mapping[str, TensorType], config: Config) -> Loss:
+    """Distillation on the logits for classifiers, on all float outputs else.
+
+    A classifier has a metric of classes and a first output `(N, C)`; when that is a Softmax, its input is used.
+    """
+    first = model.graph.output[0].name
+    output = types.get(first)
+    if config.metric in CLASSIFIERS and output is not None and len(output.shape) == 2 and output.shape[1] > 1:
+        producer = next((node for node in model.graph.node if first in node.output), None)
+        logits = producer.input[0] if producer is not None and producer.op_type == "Softmax" else first
+        return Loss("classes", (logits,))
+    names = [value.name for value in model.graph.output]
+    floats = [name for name in names if name in types and types[name].dtype == np.float32]
+    if not floats:
+        raise ModelError(f"output '{first}': no output is float32, so there is nothing to learn from")
+    return Loss("values", tuple(floats))
+
+
+def free(model: ModelProto, samples: Sequence[Inputs], threads: int) -> tuple[ModelProto, bool]:
+    """A copy that runs any batch size, and whether that worked: a batch of samples must equal single runs."""
+    axes = batch_axes(model)
+    shapes = {value.name: declared_shape(value) or () for value in real_inputs(model)}
+    fixed = any(axis is not None and isinstance(shapes[name][axis], int) for name, axis in axes.items())
+    if not fixed or len(samples) < 2:
+        return model, not fixed
+    freed, _ = free_batch.run(model)
+    together = {name: np.concatenate([sample[name] for sample in samples]) for name in samples[0]}
+    single = Runner(model, threads=threads)
+    try:
+        joint = Runner(freed, threads=threads)(together)
+    except ModelError:
+        return model, False
+    for index, output in enumerate(joint):
+        wanted = np.concatenate([np.atleast_1d(single(sample)[index]) for sample in samples])
+        if output.shape != wanted.shape:
+            return model, False
+        scale = float(np.max(np.abs(wanted.astype(np.float64)), initial=0.0))
+        if not np.max(np.abs(output.astype(np.float64) - wanted), initial=0.0) <= FREED_TOLERANCE * max(scale, 1e-6):
+            return model, False
+    return freed, True
+
+
+def first_examples(split: Split, count: int) -> list[Inputs]:
+    """The first `count` examples of a split, each a batch of one."""
+    found: list[Inputs] = []
+    for batch in split.batches(1):
+        found.append(batch.inputs)
+        if len(found) == count:
+            break
+    return found
+
+
+def evaluation_batch(opened: Opened) -> int:
+    """Examples of an inference run: 128, fewer where the inputs and largest tensors would exceed 64 MB."""
+    largest = max((math.prod(own.shape) * own.dtype.itemsize for own in opened.types.values()), default=1)
+    return int(min(max(BATCH_BYTES // max(largest, 1), 1), EVALUATION_BATCH))
+
+
+def evaluate(
+    model: ModelProto | Path,
+    split: Split,
+    metric: metrics.Metric,
+    batch: int,
+    threads: int,
+    reference: ModelProto | None,
+) -> NDArray[Any]:
+    """Metric statistics of every example of a split.
+
+    Args:
+        model: what to run.
+        split: on what.
+        metric: whose statistics.
+        batch: examples of a run.
+        threads: for the runtime.
+        reference: the original, for metrics that compare with its outputs.
+    """
+    runner = Runner(model, threads=threads)
+    original = Runner(reference, threads=threads) if metric.needs_reference and reference is not None else None
+    rows = []
+    for drawn in split.batches(batch):
+        outputs = runner(drawn.inputs)
+        beside = original(drawn.inputs) if original is not None else None
+        rows.append(metrics.statistics(metric, outputs, drawn.targets, beside))
+    return np.concatenate(rows)
+
+
+def open_dataset(opened: Opened, metric: metrics.Metric, config: Config) -> Dataset:
+    """The user's data; a metric that needs targets must find them.
+
+    Raises:
+        DataError: see `open_data`; or the test split has no targets for this metric.
+    """
+    dataset = open_data(config.data, input_specs(opened), seed=config.seed, classes=class_count(opened, metric))
+    if metric.needs_targets and not dataset.test.labelled:
+        raise DataError(
+            f"{config.data.path}: the test split has no targets for {metric.name}; add y_test, or use "
+            "--metric agreement"
+        )
+    return dataset
+
+
+def check_not_chance(value: float, metric: metrics.Metric, opened: Opened, config: Config) -> None:
+    """Refuse a run whose original scores like guessing.
+
+    Raises:
+        DataError: names the usual suspects.
+    """
+    classes = class_count(opened, metric)
+    chance = metrics.chance(metric, classes) if classes is not None else None
+    if chance is not None and value <= CHANCE_FACTOR * chance:
+        raise DataError(
+            f"{opened.name}: {metric.name} on the test split is {value:.2f}, chance level is {chance:.2f}; check "
+            f"layout ({config.data.layout}), scale ({config.data.scale:g}), mean and std of the data"
+        )

@@ -1,0 +1,270 @@
+"""What a run found, as data: the six metrics before and after, every layer, every candidate; and its JSON.
+
+Numbers are data here, in full precision; `formats.py` turns them into words, `console.py` shows them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from onnxneutrino.errors import UsageError
+from onnxneutrino.plan import Choice
+
+
+@dataclass(frozen=True)
+class Event:
+    """One sign of progress; `elapsed` and `time_left` are in seconds, None where it cannot be told yet."""
+
+    phase: str
+    detail: str = ""
+    elapsed: float = 0.0
+    time_left: float | None = None
+
+
+@dataclass(frozen=True)
+class SixMetrics:
+    """The six metrics of one model.
+
+    Attributes:
+        metric: the user's metric on the test split, in its own units; None where it was not measured.
+        params: elements of all float constants.
+        size_bytes: bytes on disk, external data included.
+        macs: multiply-accumulates at batch 1.
+        memory_bytes: constants and the largest sum of live activations, at batch 1.
+        latency_ms: median wall time at batch 1 on this machine; NaN where it was not measured.
+    """
+
+    metric: float | None
+    params: int
+    size_bytes: int
+    macs: int
+    memory_bytes: int
+    latency_ms: float
+
+
+@dataclass(frozen=True)
+class Enhancement:
+    """What was gained: `original / compressed` for each cost, the drop (positive: worse) for the metric."""
+
+    drop: float | None
+    params: float
+    size_bytes: float
+    macs: float
+    memory_bytes: float
+    latency_ms: float
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A drop (positive: worse) and its 95 % interval, paired over the examples, in the metric's units."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What became of one Conv, ConvTranspose, Gemm or MatMul; `form` is None where it stayed as it was.
+
+    `reason` says why a layer is frozen; a layer that could have been factorized but was not has none.
+    """
+
+    name: str
+    op: str
+    weight_shape: tuple[int, ...]
+    form: str | None
+    ranks: tuple[int, ...]
+    params_before: int
+    params_after: int
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """One plan that was tried.
+
+    `cost` is in the units of the objective; `accepted` is None where the candidate was not judged.
+    """
+
+    name: str
+    plan: Mapping[str, Choice]
+    cost: float
+    metric: float | None
+    drop: float | None
+    trained: bool
+    seconds: float
+    accepted: bool | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One fine-tune, as it was fixed from the clock and can be repeated."""
+
+    name: str
+    steps: int
+    batch_size: int
+    threads: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class DecidingImages:
+    """The images that decide whether a candidate is accepted: where they come from and how many they are."""
+
+    source: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run; every cost and metric that it states was computed or measured on the written models.
+
+    Attributes:
+        model: file name of the model.
+        data: the data's path, as it was given.
+        metric_name: the user's metric.
+        original: six metrics of the model as it was given.
+        stage1: after exploration; None where the run did not get there.
+        stage2: after annealing; None for `--stage 1`.
+        reference: the original fine-tuned equally long; None unless it was asked for.
+        enhancement: original against the written model.
+        drop: on the whole test split, positive when worse; `drop_interval` the same with its interval.
+        drop_select: on the images that decide.
+        drop_report: on the images that only report.
+        delta: the largest drop allowed, in the metric's units.
+        objective: the cost that was to become smaller.
+        compressed: whether the written model is smaller than the normalized original.
+        seconds: wall time by phase.
+        settings: the options of the command, by name; JSON values, so lists and no tuples.
+        versions: of the libraries in use, by name.
+    """
+
+    model: str
+    data: str
+    metric_name: str
+    original: SixMetrics
+    delta: float
+    objective: str
+    compressed: bool
+    stage1: SixMetrics | None = None
+    stage2: SixMetrics | None = None
+    reference: SixMetrics | None = None
+    enhancement: Enhancement | None = None
+    drop: float | None = None
+    drop_interval: Interval | None = None
+    drop_select: Interval | None = None
+    drop_report: Interval | None = None
+    deciding: DecidingImages | None = None
+    layers: tuple[LayerRow, ...] = ()
+    normalization: tuple[str, ...] = ()
+    candidates: tuple[CandidateRow, ...] = ()
+    training: tuple[Training, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Write as JSON: keys in the order of the fields, floats in full, null for NaN and infinity."""
+        return json.dumps(plain(dataclasses.asdict(self)), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "report") -> Report:
+        """Read what `to_json` wrote; null becomes NaN where a number must stand.
+
+        Args:
+            text: the JSON.
+            source: the file's name, for the message.
+
+        Raises:
+            UsageError: not JSON, or not such a report; names the key.
+        """
+        try:
+            report: Report = _decode(cls, json.loads(text), "report")
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{source}: is not JSON ({error}); give a report that compress wrote") from error
+        except _MismatchError as error:
+            raise UsageError(f"{source}: {error}; give a report that this version wrote") from None
+        return report
+
+
+def enhancement(original: SixMetrics, compressed: SixMetrics, drop: float | None) -> Enhancement:
+    """Compute `original / compressed` for each of the five costs; NaN where the divisor is zero."""
+    names = [f.name for f in dataclasses.fields(SixMetrics) if f.name != "metric"]
+    ratios = {name: ratio(getattr(original, name), getattr(compressed, name)) for name in names}
+    return Enhancement(drop=drop, **ratios)
+
+
+def ratio(before: float, after: float) -> float:
+    """Divide `before / after`; NaN where `after` is zero."""
+    return before / after if after else math.nan
+
+
+class _MismatchError(Exception):
+    """JSON that does not have the shape of the dataclass; the message names the key."""
+
+
+def plain(value: Any) -> Any:
+    """Replace what JSON cannot hold: NaN and infinities by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """Build a value of the annotated type `kind` from JSON; `where` is the key's path.
+
+    Of unions only `X | None` occurs.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _decode(arguments[0], value, where)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _decode_fields(kind, value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if isinstance(value, dict) and len(arguments) == 2:
+        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is typing.Literal and value in arguments:
+        return value
+    if kind is float and (value is None or type(value) in (int, float)):
+        return math.nan if value is None else float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    raise _MismatchError(f"'{where}' cannot be {json.dumps(value)[:40]}")
+
+
+def _decode_fields(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise _MismatchError(f"'{where}' must be an object")
+    hints = _hints(kind)
+    for key in value:
+        if key not in hints:
+            raise _MismatchError(f"unknown key '{where}.{key}'")
+    for entry in dataclasses.fields(kind):
+        optional = entry.default is not dataclasses.MISSING or entry.default_factory is not dataclasses.MISSING
+        if entry.name not in value and not optional:
+            raise _MismatchError(f"'{where}.{entry.name}' is missing")
+    return kind(**{key: _decode(hints[key], item, f"{where}.{key}") for key, item in value.items()})

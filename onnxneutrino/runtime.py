@@ -1,0 +1,155 @@
+"""ONNX Runtime inference: outputs, tensor types seen while running, latency.
+
+The only module, with `finetune`, that knows ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from onnxneutrino.errors import ModelError
+from onnxneutrino.graph import TensorType, capped_ir, element_dtype, expose
+
+ERRORS_ONLY = 3
+WARM_UPS = 3
+LEAST_TURNS = 5
+MOST_TURNS = 200
+
+
+class Runner:
+    """An inference session: `runner(inputs) -> outputs`, in the order of `names`."""
+
+    def __init__(self, model: ModelProto | Path, outputs: Sequence[str] | None = None, threads: int = 0) -> None:
+        """Build the session.
+
+        Args:
+            model: a model, or the path of one (external data is then found beside it).
+            outputs: tensors to return, internal ones too; None for the graph's outputs.
+            threads: threads within an operator; 0 leaves it to the runtime.
+
+        Raises:
+            ModelError: the runtime cannot load the model.
+        """
+        options = ort.SessionOptions()
+        options.log_severity_level = ERRORS_ONLY
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        source = os.fspath(model) if isinstance(model, Path) else _bytes(model, outputs)
+        try:
+            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ModelError(f"ONNX Runtime {ort.__version__} cannot load the model: {first_line(error)}") from error
+        self.names = [output.name for output in self._session.get_outputs()]
+        self.inputs = [entry.name for entry in self._session.get_inputs()]
+
+    def __call__(self, inputs: Mapping[str, NDArray[np.generic]]) -> list[NDArray[np.generic]]:
+        """Run once.
+
+        Raises:
+            ModelError: the runtime refuses the inputs or fails in a node.
+        """
+        try:
+            return list(self._session.run(self.names, {name: inputs[name] for name in self.inputs}))
+        except KeyError as error:
+            raise ModelError(f"no value for the model's input {error}") from error
+        except Exception as error:
+            raise ModelError(f"ONNX Runtime cannot run the model: {first_line(error)}") from error
+
+
+def _bytes(model: ModelProto, outputs: Sequence[str] | None) -> bytes:
+    return bytes(capped_ir(model if outputs is None else expose(model, outputs)).SerializeToString())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error, without ONNX Runtime's source positions."""
+    text = str(error).strip().splitlines()
+    line = text[0] if text else type(error).__name__
+    return line.split(" : ", 3)[-1] if line.startswith("[ONNXRuntimeError]") else line
+
+
+def runtime_conflict() -> str | None:
+    """One line when a second package that installs the module `onnxruntime` is there, else None."""
+    rivals = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-training", "onnxruntime-openvino", "onnxruntime-directml")
+    found = [name for name in rivals if _installed(name)]
+    if not found:
+        return None
+    return (
+        f"{', '.join(found)} is installed beside onnxruntime-training-cpu and overwrites its files; "
+        f"run: pip uninstall -y {' '.join(found)} onnxruntime-training-cpu && "
+        "pip install onnxruntime-training-cpu==1.19.2"
+    )
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def zero_inputs(model: ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[np.generic]]:
+    """Zeros of the model's input types in these shapes."""
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    return {name: np.zeros(shape, element_dtype(types[name])) for name, shape in shapes.items()}
+
+
+def random_inputs(
+    model: ModelProto, shapes: Mapping[str, tuple[int, ...]], seed: int
+) -> dict[str, NDArray[np.generic]]:
+    """Standard normal values for float inputs of these shapes, zeros and ones for the others."""
+    generator = np.random.default_rng(seed)
+    return {
+        name: (
+            generator.standard_normal(array.shape).astype(array.dtype)
+            if array.dtype.kind == "f"
+            else generator.integers(0, 2, array.shape).astype(array.dtype)
+        )
+        for name, array in zero_inputs(model, shapes).items()
+    }
+
+
+def observed_types(
+    model: ModelProto, known: Mapping[str, TensorType], input_shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, TensorType]:
+    """Types of all tensors of the main graph: `known` ones, the others seen by running once on zeros."""
+    made = [name for node in model.graph.node for name in node.output if name and name not in known]
+    types = dict(known)
+    if made:
+        runner = Runner(model, made)
+        for name, array in zip(made, runner(zero_inputs(model, input_shapes)), strict=True):
+            if isinstance(array, np.ndarray):
+                types[name] = TensorType(tuple(array.shape), array.dtype)
+    return types
+
+
+def latencies(
+    runners: Sequence[Runner], inputs: Sequence[Mapping[str, NDArray[np.generic]]], seconds: float = 2.0
+) -> tuple[list[float], int]:
+    """Median wall time of one run in ms for each runner, measured in turn (A, B, A, B ...), and the repeats.
+
+    Every runner warms up three times; then turns are taken for about `seconds`, at least 5 and at most 200.
+    """
+    for runner, own in zip(runners, inputs, strict=True):
+        for _ in range(WARM_UPS):
+            runner(own)
+    times: list[list[float]] = [[] for _ in runners]
+    end = time.perf_counter() + seconds
+    for turn in range(MOST_TURNS):
+        if turn >= LEAST_TURNS and time.perf_counter() > end:
+            break
+        for series, runner, own in zip(times, runners, inputs, strict=True):
+            start = time.perf_counter()
+            runner(own)
+            series.append((time.perf_counter() - start) * 1000.0)
+    return [median(series) for series in times], len(times[0])

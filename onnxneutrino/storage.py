@@ -1,0 +1,279 @@
+"""ONNX files: load with checks, write in one piece."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.inliner
+from onnx import ModelProto, TensorProto, numpy_helper
+from onnx.external_data_helper import (
+    ExternalDataInfo,
+    load_external_data_for_model,
+    set_external_data,
+    uses_external_data,
+)
+
+from onnxneutrino.errors import ModelError, OutputError
+from onnxneutrino.walk import all_nodes, copied, data_bytes, graphs, name_nodes, named_tensors, opset, tensors
+
+OPSETS = (7, 21)
+DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
+QUANTIZED = re.compile(
+    r"(Quantize|Dequantize|DynamicQuantize)Linear|QLinear.*|(MatMul|Conv)Integer.*|QAttention|QGemm|MatMulNBits"
+    r"|DynamicQuantize.*"
+)
+# An infinity is a mask or a bound for these; in any other operator's constant it is a broken weight.
+TAKES_INFINITY = frozenset({"Add", "Clip", "Expand", "Max", "Min", "Pad", "Where", "ConstantOfShape"})
+PROTOBUF_LIMIT = 2**31 - 2**20
+EXTERNAL_THRESHOLD = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model as it was loaded: whether its weights lay in a file of their own, and where it came from."""
+
+    model: ModelProto
+    external: bool
+    path: Path | None
+
+
+def load(path: Path) -> Source:
+    """Load a model with all its weights; its nodes get unique names, local functions are inlined.
+
+    Raises:
+        ModelError: the file is missing, unreadable or not ONNX, its external data is missing, or its opset,
+            a domain or quantization is not supported.
+    """
+    path = Path(path)
+    model = _parse(path)
+    _check_supported(model, path)
+    external = _load_external(model, path)
+    if model.functions:
+        try:
+            model = onnx.inliner.inline_local_functions(model)
+        except Exception as error:
+            raise ModelError(f"{path}: its local functions cannot be inlined: {_first_line(error)}") from error
+        _check_supported(model, path)
+    name_nodes(model.graph)
+    return Source(model, external, path)
+
+
+def _parse(path: Path) -> ModelProto:
+    if not path.exists():
+        raise ModelError(f"{path}: no such file; give the path of an ONNX model")
+    if path.is_dir():
+        raise ModelError(f"{path}: is a folder; give the path of an ONNX file")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}; check its permissions") from error
+    if not data:
+        raise ModelError(f"{path}: the file is empty; export or download the model again")
+    if data.startswith(b"version https://git-lfs"):
+        raise ModelError(f"{path}: is a Git LFS pointer, not the model; run `git lfs pull`")
+    model = ModelProto()
+    try:
+        model.ParseFromString(data)
+    except Exception as error:
+        raise ModelError(f"{path}: not an ONNX model, or corrupt or truncated; export or download it again") from error
+    if not model.graph.output:
+        raise ModelError(f"{path}: holds no graph with outputs; give the path of an ONNX model")
+    return model
+
+
+def _check_supported(model: ModelProto, path: Path) -> None:
+    low, high = OPSETS
+    if not model.opset_import:
+        raise ModelError(f"{path}: no opset_import (IR version {model.ir_version}); export with opset {low} to {high}")
+    version = opset(model)
+    if version is None:
+        raise ModelError(f"{path}: imports no ai.onnx opset; export it again with opset {low} to {high}")
+    if version > high:
+        raise ModelError(f"{path}: opset {version} is not supported; export with opset {high} or lower")
+    if version < low:
+        raise ModelError(f"{path}: opset {version} is not supported ({low} to {high} are); export or convert it again")
+    local = {function.domain for function in model.functions}
+    for node in all_nodes(model.graph):
+        where = f"node '{node.name or ', '.join(node.output)}'"
+        if node.domain not in DOMAINS and node.domain not in local:
+            raise ModelError(
+                f"{path}: {where} is {node.domain}.{node.op_type}, which a stock ONNX runtime does not have; "
+                "export the model without custom operators"
+            )
+        if QUANTIZED.fullmatch(node.op_type):
+            raise ModelError(
+                f"{path}: already quantized ({where} is {node.op_type}); "
+                "compress the float model first and quantize the result"
+            )
+
+
+def _load_external(model: ModelProto, path: Path) -> bool:
+    outside = [tensor for tensor in tensors(model) if uses_external_data(tensor)]
+    for tensor in outside:
+        info = ExternalDataInfo(tensor)
+        file = path.parent / info.location
+        if not file.is_file():
+            raise ModelError(
+                f"{path}: its external data '{info.location}' (tensor '{tensor.name}') is missing; "
+                "put that file beside the model"
+            )
+        if (info.offset or 0) + (info.length or 0) > file.stat().st_size:
+            raise ModelError(
+                f"{path}: its external data '{info.location}' ends before '{tensor.name}'; get the file again"
+            )
+    if outside:
+        try:
+            load_external_data_for_model(model, str(path.parent))
+        except Exception as error:
+            raise ModelError(f"{path}: its external data cannot be read: {_first_line(error)}") from error
+    return bool(outside)
+
+
+def check(model: ModelProto, name: str) -> None:
+    """Check the model against the ONNX specification and its constants for NaN and infinity.
+
+    A negative or positive infinity passes where all readers take it as a mask or bound. A model above 2 GB
+    is too large for `onnx.checker` in memory: only its constants are checked.
+
+    Args:
+        model: the model.
+        name: how messages call it: its path.
+
+    Raises:
+        ModelError: the specification is not met, or a weight is not finite.
+    """
+    if data_bytes(model) < PROTOBUF_LIMIT:
+        try:
+            onnx.checker.check_model(model)
+        except Exception as error:
+            raise ModelError(f"{name}: not a valid ONNX model: {_first_line(error)}") from error
+    readers: dict[str, list[str]] = {}
+    for node in all_nodes(model.graph):
+        for tensor_name in node.input:
+            readers.setdefault(tensor_name, []).append(node.op_type)
+    for tensor_name, tensor in named_tensors(model):
+        try:
+            array = numpy_helper.to_array(tensor)
+        except Exception as error:
+            raise ModelError(f"{name}: tensor '{tensor_name}' is damaged: {_first_line(error)}") from error
+        if array.dtype.kind != "f" or np.isfinite(array).all():
+            continue
+        masks = all(op in TAKES_INFINITY for op in readers.get(tensor_name, ["?"]))
+        if np.isnan(array).any() or not masks:
+            what = "NaN" if np.isnan(array).any() else "infinity"
+            raise ModelError(f"{name}: tensor '{tensor_name}' holds {what}; export the model from a sound checkpoint")
+
+
+def check_writable(path: Path) -> None:
+    """Find out, before any work is done, whether `path` can be written.
+
+    Raises:
+        OutputError: the folder is missing or not writable, or `path` is a folder.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; give the name of a file in it")
+    if not folder.exists():
+        raise OutputError(f"{path}: the folder {folder} does not exist; create it first")
+    if not folder.is_dir():
+        raise OutputError(f"{path}: {folder} is not a folder; choose another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: the folder {folder} is not writable; choose another or change its permissions")
+
+
+def save(model: ModelProto, path: Path, external: bool) -> None:
+    """Write the model in one piece: afterwards `path` is the old file or the whole new one, never a part.
+
+    With external data the weights lie in `<name>.<digest>.data` beside it, which is complete before the model
+    that refers to it appears; data of an earlier model of this name is removed last.
+
+    Raises:
+        OutputError: the disk or the system refuses.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    made = [temporary]
+    written = False
+    try:
+        data: Path | None = None
+        if external or data_bytes(model) >= PROTOBUF_LIMIT:
+            model, data = _save_data(model, path, made)
+        _write(temporary, [model.SerializeToString(deterministic=True)])
+        written = True
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+        old = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.data")
+        for file in path.parent.iterdir():
+            if old.fullmatch(file.name) and file != data:
+                file.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        # Also on an interrupt: where the new model has not taken its place, nothing of it stays.
+        if not written or temporary.exists():
+            for file in made:
+                file.unlink(missing_ok=True)
+
+
+def _save_data(model: ModelProto, path: Path, made: list[Path]) -> tuple[ModelProto, Path]:
+    copy = copied(model)
+    offset, digest = 0, hashlib.sha256()
+    chunks: list[bytes] = []
+    moved: list[tuple[TensorProto, int, int]] = []
+    for graph in graphs(copy.graph):
+        for tensor in graph.initializer:
+            if tensor.data_type == TensorProto.STRING:
+                continue
+            if not tensor.HasField("raw_data"):
+                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+            length = len(tensor.raw_data)
+            if length < EXTERNAL_THRESHOLD:
+                continue
+            chunks.append(tensor.raw_data)
+            digest.update(chunks[-1])
+            moved.append((tensor, offset, length))
+            offset += length
+    data = path.with_name(f"{path.name}.{digest.hexdigest()[:16]}.data")
+    for tensor, start, length in moved:
+        set_external_data(tensor, data.name, start, length)
+        tensor.ClearField("raw_data")
+    temporary = _temporary(path)
+    made.append(temporary)
+    _write(temporary, chunks)
+    if not data.exists():
+        made.append(data)
+    os.replace(temporary, data)
+    return copy, data
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def _write(path: Path, chunks: Iterable[bytes]) -> None:
+    with path.open("xb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0].strip() if text else type(error).__name__

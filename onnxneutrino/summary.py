@@ -1,0 +1,230 @@
+"""From a finished search to the report: six metrics of each stage, drops with intervals, layers, candidates."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from onnxneutrino import cost, metrics, prepare
+from onnxneutrino.config import Config
+from onnxneutrino.data import Deciding, Inputs
+from onnxneutrino.plan import Choice, Frozen, Layer
+from onnxneutrino.report import (
+    CandidateRow,
+    DecidingImages,
+    Interval,
+    LayerRow,
+    Report,
+    SixMetrics,
+    Training,
+    enhancement,
+)
+from onnxneutrino.runtime import Runner, latencies
+from onnxneutrino.search import Candidate
+from onnxneutrino.workbench import FineTune, Marked, Network, Task, build
+
+LIBRARIES = ("onnxneutrino", "onnx", "onnxruntime-training-cpu", "onnxslim", "numpy", "scipy", "tensorly")
+
+
+def six_metrics(
+    model: ModelProto, shapes: Mapping[str, tuple[int, ...]], value: float | None, size_bytes: int, latency_ms: float
+) -> SixMetrics:
+    """The six metrics of a model; costs are counted, metric and latency were measured."""
+    types = prepare.types_of(model, shapes)
+    return SixMetrics(
+        metric=value,
+        params=cost.params(model),
+        size_bytes=size_bytes,
+        macs=cost.macs(model, types),
+        memory_bytes=cost.memory_bytes(model, types),
+        latency_ms=latency_ms,
+    )
+
+
+def measured_latencies(models: Sequence[ModelProto], sample: Inputs, threads: int) -> list[float]:
+    """Median latency in ms of each model on one example, measured in turn."""
+    values, _ = latencies([Runner(model, threads=threads) for model in models], [sample] * len(models))
+    return values
+
+
+def interval(metric: metrics.Metric, original: NDArray[Any], own: NDArray[Any], seed: int) -> Interval:
+    """A drop and its 95 % interval."""
+    drop = metrics.drop(metric, original, own, seed=seed)
+    return Interval(drop.value, drop.low, drop.high)
+
+
+def candidate_row(candidate: Candidate, ok: bool, task: Task, original: float) -> CandidateRow:
+    """One line of the report's list of candidates."""
+    drop = candidate.drop
+    sign = 1.0 if task.metric.higher_is_better else -1.0
+    return CandidateRow(
+        name=candidate.name,
+        plan=plan_of(candidate.network),
+        cost=candidate.cost,
+        metric=None if drop is None else original - sign * drop.value,
+        drop=None if drop is None else drop.value,
+        trained=candidate.trained > 0,
+        seconds=candidate.seconds,
+        accepted=ok,
+        note=f"divergence {candidate.divergence:.4g}, untrained" if not candidate.trained else "",
+    )
+
+
+def plan_of(network: Network) -> dict[str, Choice]:
+    """Form and ranks of the factorized layers."""
+    return {name: Choice(own.form, own.ranks) for name, own in network.factors.items()}
+
+
+def layer_rows(
+    layers: Sequence[Layer], frozen: Sequence[Frozen], order: Sequence[str], network: Network
+) -> tuple[LayerRow, ...]:
+    """What became of every layer, in the order of the graph."""
+    rows = {}
+    for layer in layers:
+        own = network.factors.get(layer.name)
+        rows[layer.name] = LayerRow(
+            layer.name,
+            layer.op,
+            layer.weight_shape,
+            None if own is None else own.form,
+            () if own is None else own.ranks,
+            layer.params,
+            layer.params if own is None else own.params,
+            None,
+        )
+    for still in frozen:
+        rows[still.name] = LayerRow(
+            still.name, still.op, still.weight_shape, None, (), still.params, still.params, still.reason
+        )
+    return tuple(rows[name] for name in order)
+
+
+def trainings(fine_tunes: Sequence[FineTune], threads: int) -> tuple[Training, ...]:
+    """The fine-tunes, as they can be repeated."""
+    return tuple(Training(own.name, own.steps, own.batch, threads, own.learning_rate) for own in fine_tunes)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries in use."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """The options that shaped the run, by name."""
+    values = dataclasses.asdict(config)
+    for hidden in ("data", "metric_base"):
+        values.pop(hidden)
+    values["input_shape"] = {name: list(shape) for name, shape in config.input_shape.items()}
+    data = dataclasses.asdict(config.data)
+    data.pop("base")
+    values["data"] = data
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What each stage ended with, and its metric statistics on the whole test split.
+
+    `stage1` or `final` is None where nothing smaller was accepted: the normalized original stands then.
+    """
+
+    stage1: Candidate | None
+    stage1_rows: NDArray[Any]
+    final: Candidate | None
+    final_rows: NDArray[Any]
+
+    @property
+    def network(self) -> Network:
+        """The network to write."""
+        return Network() if self.final is None else self.final.network
+
+
+def make_report(
+    opened: prepare.Opened,
+    marked: Marked,
+    config: Config,
+    task: Task,
+    judges: Deciding,
+    chosen: Chosen,
+    rows: NDArray[Any],
+    size_bytes: int | None,
+    tried: tuple[CandidateRow, ...],
+    fine_tunes: Sequence[FineTune],
+    warnings: tuple[str, ...],
+) -> Report:
+    """Measure what is still missing (latency) and put the report together.
+
+    Args:
+        opened: the original.
+        marked: normalized graph and layers.
+        config: what was asked for.
+        task: what stood fixed.
+        judges: who decided.
+        chosen: what the stages ended with.
+        rows: the original's metric statistics on the whole test split.
+        size_bytes: of the original on disk; None for its size in memory.
+        tried: candidates.
+        fine_tunes: in the order run.
+        warnings: for the user.
+    """
+    metric, seed = task.metric, config.seed
+    networks = [Network() if chosen.stage1 is None else chosen.stage1.network, chosen.network]
+    models = [opened.model, *(build(task, network) for network in networks)]
+    sample = prepare.first_examples(judges.test, 1)[0]
+    times = measured_latencies(models, sample, config.threads)
+    values = [metrics.value(metric, own) for own in (rows, chosen.stage1_rows, chosen.final_rows)]
+    sizes = [len(model.SerializeToString()) for model in models]
+    sizes[0] = sizes[0] if size_bytes is None else size_bytes
+    original, stage1, final = (
+        six_metrics(model, opened.shapes, value, size, time)
+        for model, value, size, time in zip(models, values, sizes, times, strict=True)
+    )
+    select = None if chosen.final is None or chosen.final.drop is None else chosen.final.drop
+    whole = interval(metric, rows, chosen.final_rows, seed)
+    mine = judges.report_rows
+    return Report(
+        model=opened.name,
+        data=config.data.path,
+        metric_name=metric.name,
+        original=original,
+        stage1=stage1,
+        stage2=final if config.stage == 2 else None,
+        enhancement=enhancement(original, final, whole.value),
+        drop=whole.value,
+        drop_interval=whole,
+        drop_select=None if select is None else Interval(select.value, select.low, select.high),
+        drop_report=interval(metric, rows[mine], chosen.final_rows[mine], seed),
+        deciding=DecidingImages(judges.source, len(judges.select)),
+        delta=config.delta,
+        objective=config.objective,
+        compressed=chosen.final is not None,
+        layers=layer_rows(marked.layers, marked.frozen, marked.order, chosen.network),
+        normalization=marked.notes,
+        candidates=tried,
+        training=trainings(fine_tunes, config.threads),
+        seed=seed,
+        settings=settings(config),
+        versions=versions(),
+        warnings=warnings,
+    )
+
+
+def with_file_size(report: Report, size_bytes: int) -> Report:
+    """The report with the written file's own size."""
+    last = report.stage2 or report.stage1
+    assert last is not None
+    written = dataclasses.replace(last, size_bytes=size_bytes)
+    stage = {"stage2": written} if report.stage2 is not None else {"stage1": written}
+    return dataclasses.replace(report, enhancement=enhancement(report.original, written, report.drop), **stage)

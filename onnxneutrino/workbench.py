@@ -1,0 +1,372 @@
+"""The network under compression: what the search asks of it, answered with graphs, data and runtimes.
+
+A `Network` is a value: the factors of the factorized layers and the trained arrays of everything else. The
+workbench turns it into graphs, calibrates, refits, trains and measures it; it keeps caches, and no state that
+changes an answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from onnxneutrino import finetune, metrics
+from onnxneutrino.allocate import Option
+from onnxneutrino.calibrate import calibrate, images_needed
+from onnxneutrino.data import Split
+from onnxneutrino.errors import TrainingError
+from onnxneutrino.factors import Factors, Moments, stage_geometries
+from onnxneutrino.graph import TensorType, with_arrays
+from onnxneutrino.graph import arrays as graph_arrays
+from onnxneutrino.layer_options import LayerOptions
+from onnxneutrino.losses import Loss
+from onnxneutrino.passes.factorize import factorize, last_stage, read_factors, stage_names
+from onnxneutrino.passes.find_layers import find_layers
+from onnxneutrino.plan import Frozen, Layer
+from onnxneutrino.prepare import Opened, evaluate
+from onnxneutrino.probe import Probe, divergence, features_at, probe_batches, take_probe
+from onnxneutrino.refit import refit
+from onnxneutrino.runtime import Runner
+from onnxneutrino.search import Candidate
+from onnxneutrino.teaching import examples
+from onnxneutrino.training_copy import check_training_copy, training_copy
+
+SENSITIVITY_ERROR = 0.05
+LEARNING_RATE = 1e-3
+TRUNCATION_IMAGES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """Factors by layer name, and trained arrays of other initializers by their name."""
+
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Marked:
+    """What is known before the search: the normalized graph and its layers."""
+
+    opened: Opened
+    model: ModelProto
+    batched: ModelProto
+    notes: tuple[str, ...]
+    types: Mapping[str, TensorType]
+    layers: tuple[Layer, ...]
+    frozen: tuple[Frozen, ...]
+    order: tuple[str, ...]
+    freed: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What stands fixed during a run.
+
+    Attributes:
+        model: the normalized, deployable graph.
+        batched: the same graph with a symbolic batch where that is possible; for running and training.
+        types: tensor types of `model` at batch 1.
+        layers: the marked layers.
+        trainable: initializers that training may change, where a graph still holds them.
+        loss: what training learns.
+        metric: the user's metric.
+        train: the training split without its validation share.
+        select: the deciding images.
+        original_rows: the original's metric statistics on them.
+        objective: what is made small.
+        rest: cost of everything that is not a marked layer, in the unit of the objective.
+        batch: examples of a training step.
+        evaluation_batch: examples of an inference run.
+        threads: for the runtime.
+        seed: of every draw.
+        labels: train with labels where there are some.
+    """
+
+    model: ModelProto
+    batched: ModelProto
+    types: Mapping[str, TensorType]
+    layers: tuple[Layer, ...]
+    trainable: tuple[str, ...]
+    loss: Loss
+    metric: metrics.Metric
+    train: Split
+    select: Split
+    original_rows: NDArray[Any]
+    objective: str
+    rest: float
+    batch: int
+    evaluation_batch: int
+    threads: int
+    seed: int
+    labels: bool
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """One fine-tune, for the report."""
+
+    name: str
+    steps: int
+    batch: int
+    learning_rate: float
+    seconds: float
+    first_loss: float
+    last_loss: float
+
+
+def build(task: Task, network: Network, batched: bool = False) -> ModelProto:
+    """The graph of a network: deployable, or with a symbolic batch."""
+    model = factorize(task.batched if batched else task.model, task.layers, network.factors)
+    held = graph_arrays(model)
+    return with_arrays(model, {name: array for name, array in network.arrays.items() if name in held})
+
+
+class Workbench:
+    """The search's `Bench`."""
+
+    def __init__(
+        self,
+        task: Task,
+        calibration_seconds: float,
+        tell: Callable[[str, float], None] = lambda what, share: None,
+        images: int | None = None,
+    ) -> None:
+        """Run the original on the probe images and calibrate every layer.
+
+        Args:
+            task: the run.
+            calibration_seconds: calibration uses the images it has seen by then.
+            tell: progress: what is being done, and the share of it that is finished.
+            images: calibration images; None for as many as the layers need.
+        """
+        self.task = task
+        self.fine_tunes: list[FineTune] = []
+        self.warnings: list[str] = []
+        self._tell = tell
+        self._layers = {layer.name: layer for layer in task.layers}
+        self._teacher = Runner(task.batched, task.loss.outputs, threads=task.threads)
+        batches = probe_batches(task.train, task.evaluation_batch, task.seed, images)
+        layer_outputs = Runner(task.batched, [layer.output for layer in task.layers], threads=task.threads)
+        self.probe: Probe = take_probe(batches, task.layers, self._teacher, layer_outputs, task.seed)
+        wanted = min(images_needed(task.layers), len(task.train)) if images is None else images
+        moments, self.calibration_images = self._moments(Network(), wanted, calibration_seconds)
+        self._original = {layer.name: LayerOptions(layer, moments[layer.name], task.objective) for layer in task.layers}
+        self._derived: tuple[Candidate, dict[str, LayerOptions]] | None = None
+        self._sensitivities: dict[int, Mapping[str, float]] = {}
+
+    # --- costs and options ----------------------------------------------------------------------------------
+
+    @property
+    def full_cost(self) -> float:
+        """Cost of the original network."""
+        return self.task.rest + sum(own.whole.cost for own in self._original.values())
+
+    def options(self, source: Candidate | None) -> tuple[Mapping[str, Sequence[Option]], float]:
+        """Options of every layer and the cost of all the rest."""
+        return {name: own.options for name, own in self._fitted(source).items()}, self.task.rest
+
+    def _fitted(self, source: Candidate | None) -> dict[str, LayerOptions]:
+        """Fits on the original, or on the trained chains of `source` at their trained inputs."""
+        if source is None:
+            return self._original
+        if self._derived is not None and self._derived[0] is source:
+            return self._derived[1]
+        network: Network = source.network
+        images = min(images_needed(self.task.layers), len(self.task.train), TRUNCATION_IMAGES)
+        moments, _ = self._moments(network, images, float("inf"))
+        whole = {
+            layer.name: layer
+            for layer in find_layers(build(self.task, network), self.task.types)
+            if isinstance(layer, Layer)
+        }
+        derived = {}
+        for layer in self.task.layers:
+            factors = network.factors.get(layer.name)
+            if factors is None:
+                trained = whole.get(layer.name, layer)
+            else:
+                trained = dataclasses.replace(layer, weight=factors.product(), bias=factors.bias)
+            derived[layer.name] = LayerOptions(trained, moments[layer.name], self.task.objective, factors)
+        self._derived = (source, derived)
+        return derived
+
+    def _moments(self, network: Network, images: int, seconds: float) -> tuple[dict[str, Moments], int]:
+        task = self.task
+        tensors = sorted({layer.input for layer in task.layers})
+        run = Runner(build(task, network, batched=True), tensors, threads=task.threads)
+        batches = (batch.inputs for batch in task.train.batches(task.evaluation_batch, seed=task.seed, augment=True))
+        return calibrate(
+            run,
+            tensors,
+            task.layers,
+            batches,
+            images,
+            task.seed,
+            time.perf_counter() + seconds,
+            lambda done: self._tell(f"calibrating, {done} of {images} inputs", min(done / images, 1.0)),
+        )
+
+    def challenged(self, choices: Mapping[str, Option]) -> Mapping[str, Option]:
+        """The plan with layers swapped to CP where that fits better at equal cost."""
+        return {name: self._original[name].challenger(option) for name, option in choices.items()}
+
+    # --- networks -------------------------------------------------------------------------------------------
+
+    def realize(self, source: Candidate | None, choices: Mapping[str, Option], name: str) -> Candidate:
+        """Factors of the plan, refitted to the original's outputs, and the divergence."""
+        start = time.perf_counter()
+        fitted = self._fitted(source)
+        factors = {
+            layer: fitted[layer].factors(option.choice)
+            for layer, option in choices.items()
+            if option.choice is not None
+        }
+        network = Network(factors, {} if source is None else source.network.arrays)
+        network = self._refitted(network, name)
+        return Candidate(
+            name=name,
+            network=network,
+            choices=choices,
+            cost=self.task.rest + sum(option.cost for option in choices.values()),
+            divergence=self._divergence(network),
+            trained=0.0 if source is None else source.trained,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _refitted(self, network: Network, name: str) -> Network:
+        """Solve the last factor of every chain anew, in the order of the graph."""
+        task = self.task
+        factors = dict(network.factors)
+        for index, layer in enumerate(task.layers):
+            if layer.name not in factors:
+                continue
+            self._tell(f"{name}: refit", index / len(task.layers))
+            own = factors[layer.name]
+            graph = build(task, dataclasses.replace(network, factors=factors), batched=True)
+            run = Runner(graph, [last_stage(layer, own)[0]], threads=task.threads)
+            geometry = stage_geometries(own.stages, layer.geometry)[-1]
+            features = features_at(self.probe, layer, geometry, run)
+            last = own.stages[-1]
+            solved = refit(
+                features, self.probe.targets[layer.name], last.weight.reshape(len(last.weight), -1), own.bias
+            )
+            stage = dataclasses.replace(last, weight=solved.weight.reshape(last.weight.shape))
+            factors[layer.name] = dataclasses.replace(own, stages=(*own.stages[:-1], stage), bias=solved.bias)
+        return dataclasses.replace(network, factors=factors)
+
+    def _divergence(self, network: Network) -> float:
+        task = self.task
+        run = Runner(build(task, network, batched=True), task.loss.outputs, threads=task.threads)
+        return divergence(task.loss, self.probe.outputs, [run(batch) for batch in self.probe.batches])
+
+    def sensitivities(self, source: Candidate | None) -> Mapping[str, float]:
+        """Divergence per unit of relative error, each layer factorized alone at an error of about 5 %.
+
+        Measured on the original and kept: a trained network stays close enough to it.
+        """
+        del source
+        if 0 not in self._sensitivities:
+            found = {}
+            for index, (name, own) in enumerate(self._original.items()):
+                self._tell("measuring sensitivity", index / len(self._original))
+                choices = [option for option in own.options if option.choice is not None]
+                option = min(choices, key=lambda o: abs(o.loss - SENSITIVITY_ERROR), default=None)
+                if option is None or option.choice is None or option.loss <= 0:
+                    found[name] = 1.0
+                    continue
+                alone = Network({name: own.factors(option.choice)})
+                found[name] = max(self._divergence(alone), 1e-9) / option.loss
+            self._sensitivities[0] = found
+        return self._sensitivities[0]
+
+    # --- measuring and training -----------------------------------------------------------------------------
+
+    def measured(self, candidate: Candidate) -> Candidate:
+        """With its drop on the deciding images."""
+        start = time.perf_counter()
+        self._tell(f"{candidate.name}: measuring", 0.0)
+        task = self.task
+        rows = evaluate(
+            build(task, candidate.network, batched=True),
+            task.select,
+            task.metric,
+            task.evaluation_batch,
+            task.threads,
+            task.batched,
+        )
+        drop = metrics.drop(task.metric, task.original_rows, rows, seed=task.seed)
+        spent = time.perf_counter() - start
+        return dataclasses.replace(candidate, drop=drop, seconds=candidate.seconds + spent)
+
+    def trained(self, candidate: Candidate, seconds: float, name: str) -> Candidate | None:
+        """Fine-tune all that can be trained; None, with a warning, when the loss does not stay finite."""
+        start = time.perf_counter()
+        task, network = self.task, candidate.network
+        graph = build(task, network, batched=True)
+        copy = training_copy(graph, task.batch)
+        names = list(trainable_names(task, network, graph))
+        source = examples(task.train, task.batch, task.seed + len(self.fine_tunes), self._teacher, task.labels)
+        first = next(source)
+        check_training_copy(graph, copy, first.inputs, task.threads)
+        try:
+            with (
+                finetune.Trainer(copy, names, task.loss, task.threads) as trainer,
+                contextlib.closing(finetune.prefetched(source)) as ahead,
+            ):
+                result = finetune.fine_tune(
+                    trainer,
+                    ahead,
+                    seconds=seconds - (time.perf_counter() - start),
+                    learning_rate=LEARNING_RATE,
+                    report=lambda step, steps, loss: self._tell(
+                        f"{name}: step {step} of {steps}, loss {loss:.4f}", step / steps
+                    ),
+                )
+        except TrainingError as error:
+            self.warnings.append(f"{name}: {error}; the candidate is dropped")
+            return None
+        spent = time.perf_counter() - start
+        count = min(20, len(result.losses))
+        self.fine_tunes.append(
+            FineTune(
+                name,
+                result.schedule.steps,
+                result.schedule.batch,
+                result.schedule.learning_rate,
+                spent,
+                float(np.mean(result.losses[:count])),
+                float(np.mean(result.losses[-count:])),
+            )
+        )
+        factors = {
+            layer: read_factors(self._layers[layer], own, result.arrays) for layer, own in network.factors.items()
+        }
+        held = {n for layer, own in factors.items() for n in stage_names(self._layers[layer], own)}
+        arrays = {**network.arrays, **{n: a for n, a in result.arrays.items() if n not in held}}
+        return dataclasses.replace(
+            candidate,
+            name=name,
+            network=Network(factors, arrays),
+            trained=candidate.trained + spent,
+            seconds=candidate.seconds + spent,
+        )
+
+
+def trainable_names(task: Task, network: Network, graph: ModelProto) -> list[str]:
+    """Float initializers of `graph` that training may change: all stages, and the task's others still there."""
+    names = [
+        name
+        for layer in task.layers
+        if layer.name in network.factors
+        for name in stage_names(layer, network.factors[layer.name])
+    ]
+    return finetune.trainable_arrays(graph_arrays(graph), [*names, *task.trainable])
