@@ -18,6 +18,7 @@ from onnxneutrino.plan import Choice, Form, Layer
 STEPS = 24
 PAIR_STEPS = 12
 CP_GAIN = 0.5
+LEAST_GAIN = 0.75
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ Cost = Callable[[Point], float]
 def candidates(layer: Layer, decompositions: Mapping[Form, Decomposition]) -> tuple[Point, ...]:
     """The layer as it is, then every form but `cp` on a grid of ranks.
 
-    Chains that cost as much as the layer in params and in MACs are left out.
+    Chains that save less than a quarter of the layer, in params and in MACs, are left out.
     """
     whole = Point(None, layer.params, layer.macs, 0.0)
     points = [whole]
@@ -122,7 +123,8 @@ def _useful(layer: Layer, form: Form) -> int:
 
 
 def _gains(tried: Point, whole: Point) -> bool:
-    return tried.params < whole.params or tried.macs < whole.macs
+    """Whether a chain saves enough to be worth its additional nodes, in params or in MACs."""
+    return tried.params <= LEAST_GAIN * whole.params or tried.macs <= LEAST_GAIN * whole.macs
 
 
 def _largest(holds: Callable[[int], bool], limit: int) -> int:

@@ -22,7 +22,7 @@ from onnxneutrino.report import plain
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType[float]):
     """`90s`, `15m`, `2h`."""
 
     name = "duration"
@@ -35,7 +35,7 @@ class Duration(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class Shape(click.ParamType):
+class Shape(click.ParamType[Any]):
     """`NAME=1x3x640x640`."""
 
     name = "name=shape"
@@ -51,7 +51,7 @@ class Shape(click.ParamType):
         return name, tuple(int(size) for size in sizes)
 
 
-class Numbers(click.ParamType):
+class Numbers(click.ParamType[tuple[float, ...]]):
     """`0.49,0.48,0.45`."""
 
     name = "numbers"
@@ -90,7 +90,7 @@ def common_options(command: Command) -> Command:
         click.option("--threads", type=click.IntRange(min=1), help="Default: the cores there are."),
         click.option("--seed", type=click.IntRange(min=0), help="Of every random draw; default 0."),
         click.option(
-            "--json", "json_file", metavar="FILE", help="Also write the result as JSON; - is standard output."
+            "--json", "json_file", metavar="FILE", help="Also write the result as JSON; - for standard output."
         ),
         click.option("--debug", is_flag=True, help="Show a traceback where something fails."),
     ]

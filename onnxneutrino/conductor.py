@@ -21,7 +21,8 @@ from onnxneutrino.config import Config
 from onnxneutrino.data import Dataset, Deciding, Inputs, deciding
 from onnxneutrino.errors import ModelError, OutputError, TrainingError
 from onnxneutrino.finetune import untrainable
-from onnxneutrino.graph import TensorType, check, check_writable, load, save
+from onnxneutrino.formats import format_metric, format_ratio
+from onnxneutrino.graph import TensorType, check, check_writable, fixed_shapes, load, save
 from onnxneutrino.graph import arrays as graph_arrays
 from onnxneutrino.layer_options import cost_unit
 from onnxneutrino.normalize import normalize
@@ -79,9 +80,9 @@ class Clock:
         self._phase, self._phase_start = name, now
         self.tell("")
 
-    def tell(self, detail: str) -> None:
-        """Show where the run is."""
-        self._tell(Event(self._phase, detail, self.elapsed, max(self.left, 0.0)))
+    def tell(self, detail: str, message: str = "") -> None:
+        """Show where the run is, and a message that stays."""
+        self._tell(Event(self._phase, detail, self.elapsed, max(self.left, 0.0), message))
 
 
 def compress(
@@ -126,7 +127,7 @@ def compress(
     evaluation_seconds = time.perf_counter() - start
     value = metrics.value(metric, rows)
     prepare.check_not_chance(value, metric, opened, config)
-    tell(Event("measure the original", f"{metric.name} {value:.2f} on the test split", clock.elapsed, clock.left))
+    clock.tell("", f"{name}: {metric.name} {format_metric(value)} on {len(rows)} test examples")
     task = make_task(marked, config, metric, dataset, judges, rows, batch)
     if config.trainer == "ort":
         check_trainable(task)
@@ -147,7 +148,7 @@ def compress(
 
     def note(candidate: Candidate, ok: bool) -> None:
         tried.append(candidate_row(candidate, ok, task, value))
-        clock.tell(f"{candidate.name}: {'accepted' if ok else 'refused'}")
+        clock.tell("", candidate_line(candidate, ok, bench.full_cost))
 
     candidates = search(bench, settings, lambda: clock.left - reserve, note)
     clock.phase("verify")
@@ -169,6 +170,14 @@ def compress(
     clock.phase("")
     final = None if config.dry_run else build(task, chosen.network)
     return Result(final, dataclasses.replace(report, seconds=clock.seconds))
+
+
+def candidate_line(candidate: Candidate, ok: bool, full_cost: float) -> str:
+    """One line about a measured candidate, for the console."""
+    drop = candidate.drop
+    lost = "not measured" if drop is None else f"{format_metric(drop.value)} ± {format_metric(drop.standard_error)}"
+    verdict = "accepted" if ok else "refused"
+    return f"{candidate.name}: {format_ratio(full_cost / candidate.cost)} smaller, drop {lost}, {verdict}"
 
 
 def mark(opened: prepare.Opened, samples: Sequence[Inputs], config: Config) -> Marked:
@@ -214,6 +223,7 @@ def make_task(
         loss=prepare.choose_loss(marked.model, marked.types, config),
         metric=metric,
         train=dataset.train,
+        stop=dataset.stop,
         select=judges.select,
         original_rows=original_rows,
         objective=config.objective,
@@ -359,7 +369,7 @@ def verify_file(path: Path, model: ModelProto, config: Config) -> None:
         OutputError: the file does not give the same outputs; it is removed.
     """
     written = load(path).model
-    shapes = prepare.fixed_shapes(written, config.input_shape)
+    shapes = fixed_shapes(written, config.input_shape)
     inputs = random_inputs(written, shapes, config.seed)
     names = [value.name for value in model.graph.output]
     try:

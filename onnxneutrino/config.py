@@ -23,7 +23,7 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 OBJECTIVES = ("params", "macs", "size", "memory", "latency")
-TRAINERS = ("ort", "reconstruct", "none")
+TRAINERS = ("ort", "none")
 LAYOUTS = ("NCHW", "NHWC")
 AUGMENTATIONS = ("crop4", "hflip")
 
@@ -55,7 +55,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. `delta` is in the metric's own units; times are in seconds, sizes in bytes, latency in ms."""
+    """One run. `delta` is in the metric's own units; times are in seconds."""
 
     data: DataConfig = field(default_factory=DataConfig)
     metric: str = "top1"
@@ -63,10 +63,6 @@ class Config:
     delta: float = 1.0
     stage: int = 2
     objective: str = "params"
-    max_params: int | None = None
-    max_macs: int | None = None
-    max_size: int | None = None
-    max_latency: float | None = None
     time_limit: float = 1800.0
     exclude: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
@@ -75,7 +71,6 @@ class Config:
     threads: int = 0
     trainer: str = "ort"
     confidence: float = 0.8
-    reference: bool = False
     dry_run: bool = False
     input_shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -298,10 +293,6 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "delta": _not_negative,
     "stage": _choice((1, 2)),
     "objective": _choice(OBJECTIVES),
-    "max_params": _at_least_one,
-    "max_macs": _at_least_one,
-    "max_size": _at_least_one,
-    "max_latency": _positive,
     "time_limit": _seconds,
     "exclude": _each(_text),
     "only": _each(_text),
@@ -310,7 +301,6 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "threads": _whole,
     "trainer": _choice(TRAINERS),
     "confidence": _confidence,
-    "reference": _switch,
     "dry_run": _switch,
     "input_shape": _shapes,
 }

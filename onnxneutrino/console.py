@@ -68,7 +68,6 @@ def summary(report: Report) -> RenderableType:
         "Original": report.original,
         "Stage 1": report.stage1,
         "Stage 2": report.stage2,
-        "Reference": report.reference,
     }
     for name, metrics in rows.items():
         if metrics is not None:
@@ -257,6 +256,8 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         """Show an event; this is what the conductor is given."""
+        if event.message:
+            self.message(event.message)
         now = self._clock()
         changed = event.phase != self._event.phase
         self._event, self._seen = event, now

@@ -7,7 +7,6 @@
     ├── TrainingError        an operator that cannot be trained, a loss that is not finite
     ├── OutputError          the output cannot be written
     └── UsageError           exit code 2: the command line or the TOML file is wrong
-    TargetMissed             exit code 3: a hard target was not met within delta (the model is written)
 
 A message names the file or the node, says what is wrong and what to do, in one line.
 """
@@ -45,9 +44,3 @@ class UsageError(NeutrinoError):
     """An option or a TOML key is wrong."""
 
     exit_code = 2
-
-
-class TargetMissed(NeutrinoError):  # noqa: N818 - an outcome, not a fault: the model is written
-    """A hard target could not be met within delta."""
-
-    exit_code = 3

@@ -7,7 +7,8 @@ convolutional neural network, ECCV 2020) start from Tucker-2 and bound the norm 
 
 1. The core of Tucker-2 at `min(I, r), min(O, r)`, in coordinates where the features are white and the outputs
    orthonormal, so that the plain distance of tensors is close to the error of the outputs.
-2. Alternating least squares on this core with a penalty on the squared norm of its factors (tensorly).
+2. Alternating least squares on this core with a penalty on the squared norm of its factors. The factors'
+   start are the largest terms of the core's own expansion in terms of rank one.
 3. The last stage fitted to the data: features `z = Bx`, row j of `B` = `a_j ⊗ h_j ⊗ w_j`, scaled to variance
    one, `P = WΣBᵀ(BΣBᵀ + ρI)⁻¹`; ρ again bounds the norm.
 
@@ -18,16 +19,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.linalg
-from tensorly.decomposition import parafac
+from numpy.typing import NDArray
 
 from onnxneutrino.factor_fit import Double, check_ranks, cholesky, stage, top_eigenvectors
 from onnxneutrino.factor_shared import SharedFeatures
 from onnxneutrino.factors import Factors
+from onnxneutrino.plan import Array
 
-SWEEPS = 40
+SWEEPS = 100
 TOLERANCE = 1e-4
 PENALTY = 1e-4
 RIDGE = 1e-6
@@ -95,6 +98,9 @@ class Cp:
         root = cholesky(first @ self.features.tap_moment() @ first.T)
         core = np.einsum("pft,fg->pgt", (vectors.T @ last).reshape(-1, r1, kh * kw), root, optimize=True)
         found = _alternate((core / np.linalg.norm(core)).reshape(-1, r1, kh, kw), rank)
+        for axis in (2, 3):
+            if len(found[axis]) == 1:  # no stage for this axis: its factor goes to the inputs'
+                found[1], found[axis] = found[1] * found[axis], np.ones((1, rank))
         mixed = scipy.linalg.solve_triangular(root, found[1], trans="T", lower=True).T @ first
         return mixed, found[2].T, found[3].T
 
@@ -131,25 +137,51 @@ def _alternate(core: Double, rank: int) -> list[Double]:
 
     Components that the penalty shrinks to nothing are drawn afresh: the fit to the data can use them.
     """
-    start = _expansion(core, rank)
-    axes = [axis for axis, side in enumerate(core.shape) if side > 1 or axis < 2]
-    _, found = parafac(
-        core.reshape([core.shape[axis] for axis in axes]).astype(np.float32),
-        rank,
-        n_iter_max=SWEEPS,
-        init=(np.ones(rank, np.float32), [start[axis].astype(np.float32) for axis in axes]),
-        l2_reg=PENALTY,
-        tol=TOLERANCE,
-    )
-    factors: list[Double] = [np.ones((1, rank)) for _ in core.shape]
-    for axis, factor in zip(axes, found, strict=True):
-        factors[axis] = np.asarray(factor, np.float64)
+    factors = _expansion(core, rank)
+    outputs, inputs, kh, kw = core.shape
+    single = core.reshape(outputs, inputs, kh * kw).astype(np.float32)
+    turned = np.ascontiguousarray(single.swapaxes(0, 1)).reshape(inputs, -1)
+    total, before = float(np.vdot(core, core)), np.inf
+    for _ in range(SWEEPS):
+        taps = _khatri_rao(factors[2], factors[3])
+        factors[0] = _solve(single.reshape(outputs, -1) @ _single(_khatri_rao(factors[1], taps)), factors, 0)
+        factors[1] = _solve(turned @ _single(_khatri_rao(factors[0], taps)), factors, 1)
+        mixed = (_single(factors[0]).T @ single.reshape(outputs, -1)).reshape(rank, inputs, -1)
+        planes = np.einsum("rit,ir->rt", mixed, _single(factors[1]), optimize=True).reshape(rank, kh, kw)
+        factors[2] = _solve(np.einsum("rab,br->ar", planes, factors[3]), factors, 2)
+        seen = np.einsum("rab,ar->br", planes, factors[2])
+        factors[3] = _solve(seen, factors, 3)
+        missed = total - 2 * float(np.vdot(seen, factors[3])) + float(_gram(factors).sum())
+        if before - missed < TOLERANCE * missed:
+            break
+        before = missed
     sizes = np.prod([np.linalg.norm(factor, axis=0) for factor in factors], axis=0)
     dead = sizes <= 1e-6 * sizes.max()
     generator = np.random.default_rng(0)
     for factor in factors:
         factor[:, dead] = generator.standard_normal((len(factor), int(dead.sum())))
     return factors
+
+
+def _solve(products: NDArray[Any], factors: Sequence[Double], axis: int) -> Double:
+    """The factor `(side, r)` of `axis` that is best with the others as they are, from `core · others`."""
+    gram = _gram([factor for index, factor in enumerate(factors) if index != axis])
+    gram[np.diag_indices_from(gram)] += PENALTY
+    return np.asarray(scipy.linalg.solve(gram, products.T.astype(np.float64), assume_a="pos").T)
+
+
+def _gram(factors: Sequence[Double]) -> Double:
+    """Inner products of the components, `(r, r)`."""
+    return np.asarray(np.prod([factor.T @ factor for factor in factors], axis=0))
+
+
+def _khatri_rao(first: Double, second: Double) -> Double:
+    """Column-wise Kronecker product, `(m·n, r)`."""
+    return (first[:, None, :] * second[None, :, :]).reshape(-1, first.shape[1])
+
+
+def _single(matrix: Double) -> Array:
+    return matrix.astype(np.float32)
 
 
 def _expansion(core: Double, rank: int) -> list[Double]:

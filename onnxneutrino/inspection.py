@@ -13,7 +13,7 @@ from onnxneutrino.console import AnalyzedLayer
 from onnxneutrino.cost import NodeCost
 from onnxneutrino.forms import applicable
 from onnxneutrino.graph import load
-from onnxneutrino.plan import Layer
+from onnxneutrino.plan import Frozen, Layer
 from onnxneutrino.report import SixMetrics
 from onnxneutrino.runtime import Runner, latencies, random_inputs
 from onnxneutrino.summary import six_metrics
@@ -40,11 +40,11 @@ def analyze(path: Path, config: Config) -> list[AnalyzedLayer]:
     samples = [random_inputs(opened.model, opened.shapes, config.seed + index) for index in range(NORMALIZE_SAMPLES)]
     marked = mark(opened, samples, config)
     macs = {node.name: node.macs for node in cost.node_costs(marked.model, marked.types)}
-    found = {layer.name: layer for layer in (*marked.layers, *marked.frozen)}
+    listed: list[Layer | Frozen] = [*marked.layers, *marked.frozen]
+    found = {layer.name: layer for layer in listed}
     rows = []
     for name in marked.order:
         layer = found[name]
-        is_marked = isinstance(layer, Layer)
         rows.append(
             AnalyzedLayer(
                 name=name,
@@ -54,7 +54,7 @@ def analyze(path: Path, config: Config) -> list[AnalyzedLayer]:
                 macs=macs.get(name, 0),
                 forms=applicable(layer.weight.shape) if isinstance(layer, Layer) else (),
                 sensitivity=None,
-                reason=None if is_marked else found[name].reason,
+                reason=layer.reason if isinstance(layer, Frozen) else None,
             )
         )
     return rows

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
-from onnxneutrino.allocate import Option, ladder
-from onnxneutrino.candidates import Point, candidates, cp_challenger, point, spread
+from onnxneutrino.allocate import Option
+from onnxneutrino.candidates import Point, candidates, cp_challenger, options, point, spread
 from onnxneutrino.factor_fit import Decomposition
 from onnxneutrino.factors import Factors, Moments
 from onnxneutrino.forms import decompose, decompose_all
@@ -61,11 +61,12 @@ class LayerOptions:
     def options(self) -> list[Option]:
         """Options, cheapest and worst first; the loss is the relative output error."""
         points = candidates(self.layer, self.fits) if self.current is None else self._smaller(self.current)
-        return ladder([Option(p.choice, self._unit(p), p.error) for p in points])
+        return options(tuple(points), self._unit)
 
     def _smaller(self, current: Factors) -> list[Point]:
         """The trained chain as it is, and truncations of its product."""
         form = current.form
+        grid: list[tuple[int, ...]]
         if form == "cp":
             grid = [(max(1, int(share * current.ranks[0])),) for share in CP_SHARES]
         elif form == "tucker2":

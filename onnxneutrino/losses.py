@@ -36,7 +36,7 @@ class Loss:
     temperature: float = 3.0
 
 
-def loss_inputs(loss: Loss, teacher: Sequence[NDArray[Any]], labels: NDArray[Any] | None) -> Arrays:
+def loss_inputs(loss: Loss, teacher: Sequence[NDArray[Any]], labels: NDArray[Any] | None) -> dict[str, Array]:
     """Values of the inputs that `with_loss` adds, from the teacher's outputs and the labels."""
     if loss.kind == "values":
         return {f"onnxneutrino/target{index}": np.asarray(output, np.float32) for index, output in enumerate(teacher)}

@@ -16,7 +16,6 @@ from onnxneutrino import metrics
 from onnxneutrino.config import Config
 from onnxneutrino.data import Dataset, Inputs, InputSpec, Split, open_data
 from onnxneutrino.errors import DataError, ModelError
-from onnxneutrino.losses import Loss
 from onnxneutrino.graph import (
     TensorType,
     batch_axes,
@@ -27,6 +26,7 @@ from onnxneutrino.graph import (
     real_inputs,
     tensor_types,
 )
+from onnxneutrino.losses import Loss
 from onnxneutrino.passes import free_batch
 from onnxneutrino.runtime import Runner, observed_types
 
@@ -148,8 +148,9 @@ def first_examples(split: Split, count: int) -> list[Inputs]:
 
 
 def evaluation_batch(opened: Opened) -> int:
-    """Examples of an inference run: 128, fewer where the inputs and largest tensors would exceed 64 MB."""
-    largest = max((math.prod(own.shape) * own.dtype.itemsize for own in opened.types.values()), default=1)
+    """Examples of an inference run: 128, fewer where the largest activation would exceed 64 MB."""
+    made = [opened.types[name] for node in opened.model.graph.node for name in node.output if name in opened.types]
+    largest = max((math.prod(own.shape) * own.dtype.itemsize for own in made), default=1)
     return int(min(max(BATCH_BYTES // max(largest, 1), 1), EVALUATION_BATCH))
 
 

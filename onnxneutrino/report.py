@@ -21,12 +21,21 @@ from onnxneutrino.plan import Choice
 
 @dataclass(frozen=True)
 class Event:
-    """One sign of progress; `elapsed` and `time_left` are in seconds, None where it cannot be told yet."""
+    """One sign of progress.
+
+    Attributes:
+        phase: what the run is at.
+        detail: what it is doing there.
+        elapsed: seconds since the start.
+        time_left: seconds to the end, None where that cannot be told yet.
+        message: a result that should stay in sight; empty for none.
+    """
 
     phase: str
     detail: str = ""
     elapsed: float = 0.0
     time_left: float | None = None
+    message: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,6 @@ class Report:
         original: six metrics of the model as it was given.
         stage1: after exploration; None where the run did not get there.
         stage2: after annealing; None for `--stage 1`.
-        reference: the original fine-tuned equally long; None unless it was asked for.
         enhancement: original against the written model.
         drop: on the whole test split, positive when worse; `drop_interval` the same with its interval.
         drop_select: on the images that decide.
@@ -158,7 +166,6 @@ class Report:
     compressed: bool
     stage1: SixMetrics | None = None
     stage2: SixMetrics | None = None
-    reference: SixMetrics | None = None
     enhancement: Enhancement | None = None
     drop: float | None = None
     drop_interval: Interval | None = None

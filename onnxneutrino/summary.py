@@ -29,7 +29,7 @@ from onnxneutrino.runtime import Runner, latencies
 from onnxneutrino.search import Candidate
 from onnxneutrino.workbench import FineTune, Marked, Network, Task, build
 
-LIBRARIES = ("onnxneutrino", "onnx", "onnxruntime-training-cpu", "onnxslim", "numpy", "scipy", "tensorly")
+LIBRARIES = ("onnxneutrino", "onnx", "onnxruntime-training-cpu", "onnxslim", "numpy", "scipy")
 
 
 def six_metrics(
@@ -226,5 +226,7 @@ def with_file_size(report: Report, size_bytes: int) -> Report:
     last = report.stage2 or report.stage1
     assert last is not None
     written = dataclasses.replace(last, size_bytes=size_bytes)
-    stage = {"stage2": written} if report.stage2 is not None else {"stage1": written}
-    return dataclasses.replace(report, enhancement=enhancement(report.original, written, report.drop), **stage)
+    gain = enhancement(report.original, written, report.drop)
+    if report.stage2 is not None:
+        return dataclasses.replace(report, enhancement=gain, stage2=written)
+    return dataclasses.replace(report, enhancement=gain, stage1=written)

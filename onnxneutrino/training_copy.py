@@ -46,7 +46,7 @@ def check_training_copy(model: ModelProto, copy: ModelProto, inputs: Mapping[str
     names = [value.name for value in model.graph.output]
     wanted, got = Runner(model, threads=threads)(inputs), Runner(copy, names, threads=threads)(inputs)
     for name, a, b in zip(names, wanted, got, strict=True):
-        difference = float(np.max(np.abs(np.asarray(a, np.float64) - b), initial=0.0))
+        difference = float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)), initial=0.0))
         scale = float(np.max(np.abs(np.asarray(a, np.float64)), initial=0.0))
         if not difference <= TOLERANCE * max(scale, 1e-6):
             raise TrainingError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,8 +41,10 @@ from onnxneutrino.teaching import examples
 from onnxneutrino.training_copy import check_training_copy, training_copy
 
 SENSITIVITY_ERROR = 0.05
+SENSITIVITY_IMAGES = 512
 LEARNING_RATE = 1e-3
 TRUNCATION_IMAGES = 4096
+STOP_IMAGES = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,7 @@ class Task:
         loss: what training learns.
         metric: the user's metric.
         train: the training split without its validation share.
+        stop: the validation share of the training split; a fine-tune must not lose on it. None without one.
         select: the deciding images.
         original_rows: the original's metric statistics on them.
         objective: what is made small.
@@ -99,6 +103,7 @@ class Task:
     loss: Loss
     metric: metrics.Metric
     train: Split
+    stop: Split | None
     select: Split
     original_rows: NDArray[Any]
     objective: str
@@ -161,7 +166,7 @@ class Workbench:
         moments, self.calibration_images = self._moments(Network(), wanted, calibration_seconds)
         self._original = {layer.name: LayerOptions(layer, moments[layer.name], task.objective) for layer in task.layers}
         self._derived: tuple[Candidate, dict[str, LayerOptions]] | None = None
-        self._sensitivities: dict[int, Mapping[str, float]] = {}
+        self._sensitivities: Mapping[str, float] = {}
 
     # --- costs and options ----------------------------------------------------------------------------------
 
@@ -263,10 +268,13 @@ class Workbench:
             factors[layer.name] = dataclasses.replace(own, stages=(*own.stages[:-1], stage), bias=solved.bias)
         return dataclasses.replace(network, factors=factors)
 
-    def _divergence(self, network: Network) -> float:
+    def _divergence(self, network: Network, images: float = math.inf) -> float:
+        """Divergence from the original on the probe, or on about its first `images` inputs."""
         task = self.task
         run = Runner(build(task, network, batched=True), task.loss.outputs, threads=task.threads)
-        return divergence(task.loss, self.probe.outputs, [run(batch) for batch in self.probe.batches])
+        count = int(min(len(self.probe.batches), max(1, images // task.evaluation_batch)))
+        own = [run(batch) for batch in self.probe.batches[:count]]
+        return divergence(task.loss, self.probe.outputs[:count], own)
 
     def sensitivities(self, source: Candidate | None) -> Mapping[str, float]:
         """Divergence per unit of relative error, each layer factorized alone at an error of about 5 %.
@@ -274,8 +282,8 @@ class Workbench:
         Measured on the original and kept: a trained network stays close enough to it.
         """
         del source
-        if 0 not in self._sensitivities:
-            found = {}
+        if not self._sensitivities:
+            found: dict[str, float] = {}
             for index, (name, own) in enumerate(self._original.items()):
                 self._tell("measuring sensitivity", index / len(self._original))
                 choices = [option for option in own.options if option.choice is not None]
@@ -284,9 +292,9 @@ class Workbench:
                     found[name] = 1.0
                     continue
                 alone = Network({name: own.factors(option.choice)})
-                found[name] = max(self._divergence(alone), 1e-9) / option.loss
-            self._sensitivities[0] = found
-        return self._sensitivities[0]
+                found[name] = max(self._divergence(alone, SENSITIVITY_IMAGES), 1e-9) / option.loss
+            self._sensitivities = found
+        return self._sensitivities
 
     # --- measuring and training -----------------------------------------------------------------------------
 
@@ -295,14 +303,7 @@ class Workbench:
         start = time.perf_counter()
         self._tell(f"{candidate.name}: measuring", 0.0)
         task = self.task
-        rows = evaluate(
-            build(task, candidate.network, batched=True),
-            task.select,
-            task.metric,
-            task.evaluation_batch,
-            task.threads,
-            task.batched,
-        )
+        rows = self._rows(candidate.network, task.select)
         drop = metrics.drop(task.metric, task.original_rows, rows, seed=task.seed)
         spent = time.perf_counter() - start
         return dataclasses.replace(candidate, drop=drop, seconds=candidate.seconds + spent)
@@ -352,13 +353,34 @@ class Workbench:
         }
         held = {n for layer, own in factors.items() for n in stage_names(self._layers[layer], own)}
         arrays = {**network.arrays, **{n: a for n, a in result.arrays.items() if n not in held}}
+        better = self._better(network, Network(factors, arrays))
+        if better is network:
+            self.warnings.append(f"{name}: the metric on the validation share fell; the weights before it were kept")
         return dataclasses.replace(
             candidate,
             name=name,
-            network=Network(factors, arrays),
+            network=better,
             trained=candidate.trained + spent,
             seconds=candidate.seconds + spent,
         )
+
+    def _better(self, before: Network, after: Network) -> Network:
+        """Which network scores better on the validation share of the training split; `after` without one."""
+        task = self.task
+        if task.stop is None:
+            return after
+        split = task.stop.subset(np.arange(min(len(task.stop), STOP_IMAGES)))
+        values = [
+            metrics.value(task.metric, self._rows(network, split)) * (1 if task.metric.higher_is_better else -1)
+            for network in (before, after)
+        ]
+        return after if values[1] >= values[0] else before
+
+    def _rows(self, network: Network, split: Split) -> NDArray[Any]:
+        """Metric statistics of a network on a split."""
+        task = self.task
+        model = build(task, network, batched=True)
+        return evaluate(model, split, task.metric, task.evaluation_batch, task.threads, task.batched)
 
 
 def trainable_names(task: Task, network: Network, graph: ModelProto) -> list[str]:

@@ -22,7 +22,6 @@ name = "f1"
 [compress]
 delta = 2
 time-limit = "15m"
-max_params = 1000
 exclude = "head.*"
 labels = false
 threads = 3
@@ -56,7 +55,6 @@ def test_reads_every_table(tmp_path: Path) -> None:
         metric_base=tmp_path,
         delta=2.0,
         time_limit=900.0,
-        max_params=1000,
         exclude=("head.*",),
         labels=False,
         threads=3,
@@ -122,9 +120,6 @@ def test_refuses_a_wrong_file_by_name(tmp_path: Path, text: str, part: str) -> N
         ("stage", 3, "must be one of 1, 2"),
         ("stage", True, "must be one of 1, 2"),
         ("objective", "speed", "must be one of params, macs"),
-        ("max_params", 0, "must be at least 1"),
-        ("max_size", 1.5, "must be a whole number"),
-        ("max_latency", 0.0, "must be positive"),
         ("time_limit", 0, "must be positive"),
         ("time_limit", "-5m", "must be positive"),
         ("time_limit", "inf", "must be a number"),
@@ -132,7 +127,7 @@ def test_refuses_a_wrong_file_by_name(tmp_path: Path, text: str, part: str) -> N
         ("labels", "no", "must be true or false"),
         ("seed", True, "must be a whole number"),
         ("threads", -1, "must be a whole number"),
-        ("trainer", "torch", "must be one of ort, reconstruct, none"),
+        ("trainer", "torch", "must be one of ort, none"),
         ("confidence", 0.4, "from 0.5 to below 1"),
         ("confidence", 1.0, "from 0.5 to below 1"),
         ("input_shape", {"x": "1x3"}, "must be a list of sizes"),

@@ -146,9 +146,7 @@ def test_moments_of_many_rows_do_not_depend_on_the_chunks() -> None:
     for chunk in np.array_split(rows, 70):
         many.add(chunk)
     np.testing.assert_allclose(single.moments().matrix(), many.moments().matrix(), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(
-        many.moments().matrix(), np.cov(rows.T.astype(np.float64), bias=True), atol=1e-3
-    )
+    np.testing.assert_allclose(many.moments().matrix(), np.cov(rows.T.astype(np.float64), bias=True), atol=1e-3)
 
 
 def test_moments_refuse_what_is_no_data() -> None:

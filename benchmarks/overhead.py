@@ -1,0 +1,190 @@
+"""Measure what compression costs besides training: seconds and peak memory of each phase.
+
+Load, normalize, calibrate, fit every form on every layer, allocate, make the factors, write: in a process of its
+own, so that the peak memory is that of these phases. Inputs are random normal values. Goal for the VGG-19 of
+`vgg19.py` on 256 inputs: under 60 s and 1.5 GB.
+
+    python benchmarks/overhead.py vgg19.onnx [--images 256] [--ratio 10] [--json -]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxneutrino import metrics, prepare
+from onnxneutrino.allocate import Option, allocate
+from onnxneutrino.candidates import Point, candidates, options
+from onnxneutrino.conductor import make_task, mark, whole_cost
+from onnxneutrino.config import Config, load_config
+from onnxneutrino.data import Dataset, deciding
+from onnxneutrino.factors import Factors
+from onnxneutrino.graph import load, save
+from onnxneutrino.layer_options import LayerOptions, cost_unit
+from onnxneutrino.plan import FORMS
+from onnxneutrino.workbench import Marked, Network, Task, Workbench, build
+
+SAMPLES = 3
+GOAL_SECONDS = 60.0
+GOAL_BYTES = 1.5e9
+
+
+class Phases:
+    """Seconds of each phase, and the largest memory of the process until its end."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a block."""
+        start = time.perf_counter()
+        yield
+        seconds, peak = time.perf_counter() - start, peak_bytes()
+        self.rows.append({"phase": name, "seconds": seconds, "peak_bytes": peak})
+        print(f"{name}: {seconds:.1f} s, {peak / 1e6:.0f} MB", file=sys.stderr, flush=True)
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far (`ru_maxrss`: kilobytes on Linux, bytes on macOS)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def measure(path: Path, output: Path, images: int, ratio: float) -> dict[str, Any]:
+    """Run all phases in this process.
+
+    Args:
+        path: the model.
+        output: where the factorized one is written.
+        images: calibration inputs.
+        ratio: how many times fewer parameters to allocate for.
+    """
+    watch = Phases()
+    config = load_config(None, {"data": "random", "metric": "agreement"})
+    with watch.phase("load"):
+        source = load(path)
+        opened = prepare.open_model(source.model, path.name, config)
+    with watch.phase("normalize and mark"):
+        metric = metrics.resolve(config.metric, config.metric_base)
+        dataset = prepare.open_dataset(opened, metric, config)
+        marked = mark(opened, prepare.first_examples(dataset.test, SAMPLES), config)
+    with watch.phase(f"calibrate on {images}"):
+        task = _task(marked, config, metric, dataset)
+        bench = Workbench(task, config.time_limit, images=images)
+        fits: Mapping[str, LayerOptions] = bench._original
+    units = {layer.name: cost_unit(layer, config.objective) for layer in marked.layers}
+    points: dict[str, list[Point]] = {layer.name: [] for layer in marked.layers}
+    for form in FORMS[:-1]:
+        with watch.phase(f"fit {form}"):
+            for name, own in fits.items():
+                if form in own.fits:
+                    points[name].extend(candidates(own.layer, {form: own.fits[form]}))
+    with watch.phase("allocate"):
+        budget = bench.full_cost / ratio - task.rest
+        plans = {"all": allocate({name: options(tuple(points[name]), units[name]) for name in points}, budget)}
+        for form in FORMS[:-1]:
+            # A layer without this form keeps all of its own, so that the budget is still met.
+            chosen = {
+                name: options(tuple(p for p in found if _of_form(p, form) or not _has_form(found, form)), units[name])
+                for name, found in points.items()
+            }
+            plans[form] = allocate(chosen, budget)
+    with watch.phase("cp where considered"):
+        best = bench.challenged(plans["all"])
+    made: dict[str, int] = {}
+    for form, plan in plans.items():
+        with watch.phase(f"factors, {form}"):
+            made[form] = len(_factors(fits, plan))
+    factors = _factors(fits, best)
+    with watch.phase("write"):
+        save(build(task, Network(factors)), output, source.external)
+    return {
+        "model": path.name,
+        "images": bench.calibration_images,
+        "layers": len(marked.layers),
+        "params": int(sum(whole_cost(layer, "params") for layer in marked.layers) + task.rest),
+        "params_allocated": int(sum(option.cost for option in best.values()) + task.rest),
+        "chains": made,
+        "phases": watch.rows,
+        "seconds": sum(row["seconds"] for row in watch.rows),
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def _of_form(point: Point, form: str) -> bool:
+    return point.choice is None or point.choice.form == form
+
+
+def _has_form(points: list[Point], form: str) -> bool:
+    return any(point.choice is not None and point.choice.form == form for point in points)
+
+
+def _factors(fits: Mapping[str, LayerOptions], plan: Mapping[str, Option]) -> dict[str, Factors]:
+    return {name: fits[name].factors(option.choice) for name, option in plan.items() if option.choice is not None}
+
+
+def _task(marked: Marked, config: Config, metric: metrics.Metric, dataset: Dataset) -> Task:
+    """What the workbench needs to calibrate; nothing here decides, so the original's rows are left at zero."""
+    batch = prepare.evaluation_batch(marked.opened) if marked.freed else 1
+    judges = deciding(dataset, config.seed)
+    return make_task(marked, config, metric, dataset, judges, np.zeros((len(dataset.test), 1)), batch)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The phases as a Markdown table, the last row all of them."""
+    rows = [*result["phases"], {"phase": "all", "seconds": result["seconds"], "peak_bytes": result["peak_bytes"]}]
+    lines = ["| phase | seconds | peak so far, MB |", "|---|---:|---:|"]
+    lines.extend(f"| {row['phase']} | {row['seconds']:.2f} | {row['peak_bytes'] / 1e6:.0f} |" for row in rows)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the measurement in a child process and print its table, or its JSON."""
+    parser = argparse.ArgumentParser(description="Seconds and peak memory of compression besides training.")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--ratio", type=float, default=10.0, help="how many times fewer parameters to allocate for")
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON too; - for standard output")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child is not None:
+        print(json.dumps(measure(arguments.model, arguments.child, arguments.images, arguments.ratio)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        output = str(Path(folder, "out.onnx"))
+        command = [sys.executable, __file__, *sys.argv[1:], "--child", output]
+        start = time.perf_counter()
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        wall = time.perf_counter() - start
+    if done.returncode:
+        sys.exit(done.returncode)
+    result = {**json.loads(done.stdout.splitlines()[-1]), "wall_seconds": wall}
+    if arguments.json == "-":
+        print(json.dumps(result, indent=2))
+        return
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(table(result))
+    met = wall < GOAL_SECONDS and result["peak_bytes"] < GOAL_BYTES
+    print(
+        f"\n{result['model']}: {result['layers']} layers, {result['params']} to {result['params_allocated']} "
+        f"parameters; wall time with imports {wall:.1f} s, peak {result['peak_bytes'] / 1e6:.0f} MB: goal "
+        f"(under {GOAL_SECONDS:.0f} s and {GOAL_BYTES / 1e9:.1f} GB) {'met' if met else 'missed'}"
+    )
+
+
+if __name__ == "__main__":
+    main()

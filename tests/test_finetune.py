@@ -1,0 +1,482 @@
+"""Fine-tuning through the real artifacts: gradients against finite differences, AdamW against NumPy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from onnx import ModelProto, numpy_helper
+from onnx.parser import parse_model
+from onnx.reference import ReferenceEvaluator
+
+from onnxneutrino import finetune
+from onnxneutrino.errors import TrainingError
+from onnxneutrino.finetune import Example, Schedule, Trainer, consumed, fine_tune, prefetched, untrainable
+from onnxneutrino.graph import arrays, with_arrays
+from onnxneutrino.losses import Loss, loss_inputs
+from onnxneutrino.training_copy import training_copy
+
+BATCH = 4
+HEADER = '<ir_version: 8, opset_import: ["" : 17]>'
+
+NETS = {
+    "small": """
+        net (float[N,3,8,8] x) => (float[N,5] y)
+        <float[6,3,3,3] w0, float[6] b0, float[5,96] w1, float[5] b1>
+        {
+            c = Conv <pads = [1,1,1,1]> (x, w0, b0)
+            r = Relu (c)
+            m = MaxPool <kernel_shape = [2,2], strides = [2,2]> (r)
+            f = Flatten (m)
+            y = Gemm <transB = 1> (f, w1, b1)
+        }
+    """,
+    # 1x1, kx1 and 1xk with stride, asymmetric padding and dilation, depthwise of both kinds, 1x1.
+    "chain": """
+        net (float[N,3,9,10] x) => (float[N,5] y)
+        <float[4,3,1,1] w0, float[5,4,3,1] w1, float[6,5,1,3] w2, float[6,1,3,1] w3, float[6,1,1,3] w4,
+         float[5,6,1,1] w5, float[5] b5>
+        {
+            a = Conv (x, w0)
+            b = Conv <kernel_shape = [3,1], strides = [2,1], pads = [1,0,2,0]> (a, w1)
+            c = Conv <kernel_shape = [1,3], strides = [1,1], pads = [0,2,0,1], dilations = [1,2]> (b, w2)
+            d = Conv <kernel_shape = [3,1], group = 6, pads = [1,0,1,0]> (c, w3)
+            e = Conv <kernel_shape = [1,3], group = 6, strides = [1,2]> (d, w4)
+            f = Conv (e, w5, b5)
+            t = Tanh (f)
+            g = GlobalAveragePool (t)
+            y = Flatten (g)
+        }
+    """,
+    "relu6 and residual": """
+        net (float[N,4,6,6] x) => (float[N,4] y)
+        <float[4,4,3,3] w0, float[4] b0, float[4,4,3,3] w1, float low = {0.0}, float high = {6.0}>
+        {
+            c = Conv <pads = [1,1,1,1]> (x, w0, b0)
+            r = Clip (c, low, high)
+            d = Conv <pads = [1,1,1,1]> (r, w1)
+            s = Add (d, x)
+            a = AveragePool <kernel_shape = [2,2], strides = [2,2]> (s)
+            g = GlobalAveragePool (a)
+            y = Flatten (g)
+        }
+    """,
+    "batch normalization": """
+        net (float[N,4,6,6] x) => (float[N,4] y)
+        <float[4,4,3,3] w0, float[4] gamma, float[4] beta, float[4] mean, float[4] var, float[4,4,1,1] w1>
+        {
+            c = Conv (x, w0)
+            r = Tanh (c)
+            n = BatchNormalization <epsilon = 0.01> (r, gamma, beta, mean, var)
+            d = Conv (n, w1)
+            g = GlobalAveragePool (d)
+            y = Flatten (g)
+        }
+    """,
+    "auto_pad": """
+        net (float[N,4,7,8] x) => (float[N,4] y)
+        <float[4,4,3,3] w0, float[4,4,3,3] w1, float[4,4,2,2] w2>
+        {
+            a = Conv <auto_pad = "SAME_UPPER", strides = [2,2]> (x, w0)
+            b = Sigmoid (a)
+            c = Conv <auto_pad = "SAME_LOWER"> (b, w1)
+            m = MaxPool <auto_pad = "SAME_UPPER", kernel_shape = [2,2], strides = [2,2]> (c)
+            d = Conv <auto_pad = "VALID", kernel_shape = [2,2]> (m, w2)
+            g = GlobalAveragePool (d)
+            y = Flatten (g)
+        }
+    """,
+    "matmul and constants": """
+        net (float[N,6,5] x) => (float[N,4] y)
+        <float[5,7] w0, float[7] b0, float[7,4] w1, float[4] s1>
+        {
+            a = MatMul (x, w0)
+            b = Add (a, b0)
+            c = LeakyRelu <alpha = 0.1> (b)
+            axes = Constant <value_ints = [1]> ()
+            d = ReduceMean <axes = [1], keepdims = 0> (c)
+            e = MatMul (d, w1)
+            y = Mul (e, s1)
+        }
+    """,
+    "conv1d": """
+        net (float[N,3,11] x) => (float[N,4] y)
+        <float[5,3,3] w0, float[4,5,3] w1>
+        {
+            a = Conv <strides = [2], pads = [1,2]> (x, w0)
+            b = Relu (a)
+            c = Conv <dilations = [2], pads = [2,2]> (b, w1)
+            g = GlobalAveragePool (c)
+            y = Flatten (g)
+        }
+    """,
+}
+
+
+def filled(text: str, seed: int = 0) -> ModelProto:
+    """The model with every declared tensor that has no value drawn at random; `var*` is positive."""
+    model = parse_model(HEADER + text)
+    rng = np.random.default_rng(seed)
+    for value in model.graph.value_info:
+        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        array = rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
+        array = np.abs(array) + 0.5 if value.name.startswith("var") else array
+        model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), value.name))
+    del model.graph.value_info[:]
+    for index, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{index}"
+    return model
+
+
+def weights_of(model: ModelProto) -> list[str]:
+    return [name for name in arrays(model) if name[0] in "wbs"]
+
+
+def example(model: ModelProto, labels: bool, seed: int = 3, batch: int = BATCH, outputs: int | None = None) -> Example:
+    rng = np.random.default_rng(seed)
+    shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+    x = rng.standard_normal((batch, *shape[1:])).astype(np.float32)
+    classes = outputs or model.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    teacher = 2 * rng.standard_normal((batch, classes)).astype(np.float32)
+    return Example({"x": x}, [teacher], rng.integers(0, classes, batch) if labels else None)
+
+
+def exact_loss(model: ModelProto, loss: Loss, own: Example) -> float:
+    """The loss of the model as it was given (not of its training copy) in float64, by ONNX's reference."""
+    double = with_arrays(model, {})
+    for tensor in double.graph.initializer:
+        value = numpy_helper.to_array(tensor)
+        if value.dtype == np.float32:
+            tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float64), tensor.name))
+    return _loss_of(double, loss, own)
+
+
+def _loss_of(double: ModelProto, loss: Loss, own: Example) -> float:
+    (y,) = ReferenceEvaluator(double).run(list(loss.outputs), {"x": own.inputs["x"].astype(np.float64)})
+    assert y.dtype == np.float64
+    targets = loss_inputs(loss, own.teacher, own.labels)
+    if loss.kind == "values":
+        return float(np.mean((y - targets["onnxneutrino/target0"]) ** 2))
+
+    def log_softmax(z: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(z - np.log(np.sum(np.exp(z), axis=-1, keepdims=True)))
+
+    hard = targets["onnxneutrino/hard"] * log_softmax(y)
+    soft = targets["onnxneutrino/soft"] * log_softmax(y / loss.temperature)
+    return float(-np.sum(hard + soft) / len(y))
+
+
+def slope(model: ModelProto, name: str, direction: NDArray[np.float64], loss: Loss, own: Example) -> float:
+    """Central difference of the loss along `direction` of one initializer."""
+    step = 1e-5
+    losses = []
+    for sign in (1, -1):
+        double = ModelProto()
+        double.CopyFrom(model)
+        for tensor in double.graph.initializer:
+            value = numpy_helper.to_array(tensor)
+            if value.dtype == np.float32:
+                moved = value.astype(np.float64) + (sign * step * direction if tensor.name == name else 0.0)
+                tensor.CopyFrom(numpy_helper.from_array(np.asarray(moved), tensor.name))
+        losses.append(_loss_of(double, loss, own))
+    return (losses[0] - losses[1]) / (2 * step)
+
+
+CLASSES = Loss("classes", ("y",), label_weight=0.4, temperature=2.5)
+VALUES = Loss("values", ("y",))
+
+
+@pytest.mark.parametrize(
+    ("net", "loss", "labels"),
+    [(net, CLASSES, True) for net in NETS] + [("small", VALUES, False), ("chain", VALUES, False)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_gradients_equal_finite_differences(net: str, loss: Loss, labels: bool) -> None:
+    model = filled(NETS[net])
+    names = weights_of(model)
+    own = example(model, labels)
+    with Trainer(training_copy(model, BATCH), names, loss, 1) as trainer:
+        gradients = trainer.gradients(own)
+        assert trainer.step(own, 0.0) == pytest.approx(exact_loss(model, loss, own), rel=1e-4)
+    assert sorted(gradients) == sorted(names)
+    rng = np.random.default_rng(5)
+    held = arrays(model)
+    for name in names:
+        assert gradients[name].shape == held[name].shape
+        norm = float(np.linalg.norm(gradients[name]))
+        assert norm > 1e-4, f"{name}: no gradient arrives, so the comparison would say nothing"
+        # Along itself the slope is the norm, which a wrong direction or scale misses; and two more directions.
+        directions = [gradients[name] / norm, *(rng.standard_normal((2, *held[name].shape)))]
+        for direction in directions:
+            direction = np.asarray(direction, np.float64)
+            expected = slope(model, name, direction, loss, own)
+            scale = norm * float(np.linalg.norm(direction))
+            assert float(np.sum(gradients[name] * direction)) == pytest.approx(expected, abs=2e-3 * scale), name
+
+
+def test_gradients_change_nothing_and_come_back_the_same() -> None:
+    model = filled(NETS["small"])
+    own = example(model, True)
+    with Trainer(training_copy(model, BATCH), weights_of(model), CLASSES, 1) as trainer:
+        before, first = trainer.arrays(), trainer.gradients(own)
+        trainer.gradients(example(model, True, seed=9))
+        second = trainer.gradients(own)
+        for name, array in trainer.arrays().items():
+            np.testing.assert_array_equal(array, before[name])
+            np.testing.assert_array_equal(first[name], second[name])
+            np.testing.assert_array_equal(array, arrays(model)[name])
+
+
+def test_steps_are_adamw_on_clipped_gradients() -> None:
+    """Adam does not see a constant scale of the gradient, so its norm is made to vary between the steps."""
+    model = filled(NETS["small"])
+    names = weights_of(model)
+    batches = [example(model, False, seed=seed) for seed in range(4)]
+    batches = [replace(b, teacher=[b.teacher[0] * s]) for b, s in zip(batches, (200, 0.3, 5, 0.3), strict=True)]
+    rate, beta1, beta2, epsilon = 1e-2, 0.9, 0.999, 1e-8
+    with Trainer(training_copy(model, BATCH), names, VALUES, 1) as trainer:
+        wanted = {name: array.astype(np.float64) for name, array in trainer.arrays().items()}
+        first, second = ({name: np.zeros(wanted[name].shape) for name in names} for _ in range(2))
+        norms = []
+        for step, own in enumerate(batches, start=1):
+            gradients = trainer.gradients(own)
+            norms.append(float(np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in gradients.values()))))
+            scale = min(1.0, finetune.MAX_GRADIENT_NORM / norms[-1])
+            trainer.step(own, rate)
+            for name in names:
+                g = scale * gradients[name].astype(np.float64)
+                first[name] = beta1 * first[name] + (1 - beta1) * g
+                second[name] = beta2 * second[name] + (1 - beta2) * g * g
+                mean = first[name] / (1 - beta1**step)
+                wanted[name] -= rate * mean / (np.sqrt(second[name] / (1 - beta2**step)) + epsilon)
+        assert max(norms) > 10 * finetune.MAX_GRADIENT_NORM
+        assert min(norms) < finetune.MAX_GRADIENT_NORM
+        for name, array in trainer.arrays().items():
+            moved = np.abs(wanted[name] - arrays(model)[name]).max()
+            np.testing.assert_allclose(array, wanted[name], atol=0.02 * moved, err_msg=name)
+
+
+def test_training_lowers_the_loss_and_arrays_come_back_by_name() -> None:
+    model = filled(NETS["small"])
+    teacher = filled(NETS["small"], seed=1)
+    frozen = "b0"
+    names = [name for name in weights_of(model) if name != frozen]
+    run = ReferenceEvaluator(teacher)
+
+    def examples() -> Iterator[Example]:
+        for seed in range(10_000):
+            drawn = example(model, False, seed=seed % 8)
+            yield replace(drawn, teacher=run.run(None, drawn.inputs))
+
+    with Trainer(training_copy(model, BATCH), names, VALUES, 1) as trainer:
+        trained = fine_tune(trainer, examples(), seconds=0.0, learning_rate=1e-2, steps=60)
+    assert len(trained.losses) == trained.schedule.steps == 60
+    assert np.mean(trained.losses[-8:]) < 0.3 * np.mean(trained.losses[:8])
+    assert sorted(trained.arrays) == sorted(names)
+    moved = with_arrays(model, trained.arrays)
+    for name, array in trained.arrays.items():
+        assert not np.array_equal(array, arrays(model)[name])
+        np.testing.assert_array_equal(arrays(moved)[name], array)
+    np.testing.assert_array_equal(arrays(moved)[frozen], arrays(model)[frozen])
+    batch = next(examples())
+    assert exact_loss(moved, VALUES, batch) < 0.3 * exact_loss(model, VALUES, batch)
+
+
+def test_the_step_count_follows_from_the_seconds() -> None:
+    model = filled(NETS["small"])
+
+    def slow() -> Iterator[Example]:
+        while True:
+            time.sleep(0.02)
+            yield example(model, False)
+
+    with Trainer(training_copy(model, BATCH), weights_of(model), VALUES, 1) as trainer:
+        trained = fine_tune(trainer, slow(), seconds=1.0, learning_rate=1e-3)
+        assert 2 <= trained.schedule.steps <= 50
+        assert fine_tune(trainer, slow(), seconds=-1.0, learning_rate=1e-3).schedule.steps == 1
+
+
+def test_timing_changes_no_weight() -> None:
+    model = filled(NETS["small"])
+    with Trainer(training_copy(model, BATCH), weights_of(model), VALUES, 1) as trainer:
+        for _ in range(3):
+            trainer.step(example(model, False), 0.0)
+        for name, array in trainer.arrays().items():
+            np.testing.assert_array_equal(array, arrays(model)[name])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 200])
+def test_schedule_warms_up_and_falls_as_a_cosine(steps: int) -> None:
+    rates = [Schedule(steps, 64, 0.01).rate(step) for step in range(steps)]
+    warmup = max(1, round(0.05 * steps))
+    assert max(rates) == rates[warmup - 1] == pytest.approx(0.01)
+    assert rates[: warmup - 1] == sorted(rates[: warmup - 1])
+    np.testing.assert_allclose(np.diff(rates[:warmup]), 0.01 / warmup, rtol=1e-9)
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert min(rates) > 0
+    if steps == 200:
+        middle = warmup + (steps - warmup) // 2
+        assert rates[middle] == pytest.approx(0.005, rel=0.02)
+        assert rates[-1] < 1e-5
+
+
+@pytest.mark.parametrize("operator", ["Elu", "HardSwish", "Softplus"])
+def test_an_operator_without_gradient_is_refused_only_where_a_gradient_must_pass(operator: str) -> None:
+    text = """
+        net (float[N,4] x) => (float[N,4] y) <float[4,4] w0, float[4,4] w1>
+        { a = MatMul (x, w0)  b = OPERATOR (a)  y = MatMul (b, w1) }
+    """
+    model = training_copy(filled(text.replace("OPERATOR", operator)), BATCH)
+    assert untrainable(model, ["w0", "w1"], ["y"]) == [(f"{operator}_1", operator)]
+    with pytest.raises(TrainingError, match=rf"node '{operator}_1'.*{operator}") as caught:
+        Trainer(model, ["w0", "w1"], CLASSES, 1)
+    assert "\n" not in str(caught.value)
+    assert untrainable(model, ["w1"], ["y"]) == []
+    own = example(model, True)
+    with Trainer(model, ["w1"], CLASSES, 1) as trainer:
+        assert np.linalg.norm(trainer.gradients(own)["w1"]) > 0
+        assert trainer.trainable == ["w1"]
+
+
+def test_what_the_loss_does_not_depend_on_is_neither_refused_nor_trained() -> None:
+    text = """
+        net (float[N,4] x) => (float[N,4] y, float[N,4] z) <float[4,4] w0, float[4,4] w1>
+        { y = MatMul (x, w0)  a = MatMul (y, w1)  z = Elu (a) }
+    """
+    model = training_copy(filled(text), BATCH)
+    assert untrainable(model, ["w0", "w1"], ["y"]) == []
+    assert untrainable(model, ["w0", "w1"], ["y", "z"]) == [("Elu_2", "Elu")]
+    assert consumed(model, ["w0", "w1"]) == ["w0", "w1"]
+    with Trainer(model, ["w0", "w1"], VALUES, 1) as trainer:
+        assert sorted(trainer.arrays()) == ["w0"]
+
+
+@pytest.mark.parametrize(
+    ("node", "right"),
+    [
+        ('Pad <mode = "constant"> (a, pads)', True),
+        ('Pad <mode = "reflect"> (a, pads)', False),
+        ("Pad (a, pads)", True),
+        ('Conv <auto_pad = "SAME_UPPER"> (a, w1)', False),
+        ('Conv <auto_pad = "VALID"> (a, w1)', True),
+        ("Conv (a, w1)", True),
+    ],
+)
+def test_attributes_decide_where_they_change_the_gradient(node: str, right: bool) -> None:
+    text = f"""
+        net (float[N,4,5,5] x) => (float[N,4,h,w] y)
+        <float[4,4,1,1] w0, float[4,4,3,3] w1, int64[8] pads = {{0,0,1,1,0,0,1,1}}>
+        {{ a = Conv (x, w0)  y = {node} }}
+    """
+    assert (untrainable(filled(text), ["w0"], ["y"]) == []) is right
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_raises(value: float) -> None:
+    model = filled(NETS["small"])
+    own = example(model, False)
+    with Trainer(training_copy(model, BATCH), weights_of(model), VALUES, 1) as trainer:
+        broken = replace(own, teacher=[np.full_like(own.teacher[0], value)])
+        with pytest.raises(TrainingError, match="loss became (nan|inf)") as caught:
+            trainer.step(broken, 1e-3)
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_that_leave_the_finite_numbers_raise() -> None:
+    """The last step's own damage shows in no loss: the weights must be looked at."""
+    model = filled(NETS["small"])
+    own = iter([example(model, False)])
+    with (
+        Trainer(training_copy(model, BATCH), weights_of(model), VALUES, 1) as trainer,
+        pytest.raises(TrainingError, match="not finite"),
+    ):
+        fine_tune(trainer, own, seconds=0.0, learning_rate=np.inf, steps=1)
+
+
+def test_what_the_runtime_refuses_is_one_line_and_leaves_nothing() -> None:
+    model = training_copy(filled(NETS["small"]), BATCH)
+    with pytest.raises(TrainingError, match="refuses the model") as caught:
+        Trainer(model, [], VALUES, 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_prefetched_gives_the_same_examples_and_its_thread_ends() -> None:
+    model = filled(NETS["small"])
+    made = [example(model, False, seed=seed) for seed in range(7)]
+    before = threading.active_count()
+    assert list(prefetched(iter(made))) == made
+    assert threading.active_count() == before
+
+
+def test_prefetched_ends_its_thread_when_the_reader_stops_early() -> None:
+    model = filled(NETS["small"])
+    own = example(model, False)
+    taken = 0
+
+    def endless() -> Iterator[Example]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield own
+
+    before = threading.active_count()
+    ahead = prefetched(endless(), depth=2)
+    assert next(ahead) is own
+    assert threading.active_count() == before + 1
+    ahead.close()
+    assert threading.active_count() == before
+    assert taken <= 1 + 2 + 2
+
+
+def test_prefetched_passes_errors_on_after_what_came_before() -> None:
+    model = filled(NETS["small"])
+    own = example(model, False)
+
+    def breaks() -> Iterator[Example]:
+        yield own
+        raise TrainingError("the data ended in a fire")
+
+    before = threading.active_count()
+    ahead = prefetched(breaks())
+    assert next(ahead) is own
+    with pytest.raises(TrainingError, match="fire"):
+        next(ahead)
+    assert threading.active_count() == before
+
+
+def test_a_training_step_imports_no_torch() -> None:
+    """In a process of its own, with an import hook that notes every attempt to find torch."""
+    script = """
+import sys
+class Watch:
+    asked = []
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            self.asked.append(name)
+        return None
+sys.meta_path.insert(0, Watch())
+import numpy as np
+from onnx.parser import parse_model
+from onnxneutrino.finetune import Example, Trainer
+from onnxneutrino.losses import Loss
+model = parse_model('<ir_version: 8, opset_import: ["" : 17]> net (float[2,2] x) => (float[2,2] y) '
+    '<float[2,2] w = {1, 2, 3, 4}> { y = MatMul (x, w) }')
+one = np.ones((2, 2), np.float32)
+with Trainer(model, ["w"], Loss("values", ("y",)), 1) as trainer:
+    trainer.step(Example({"x": one}, [one], None), 0.1)
+    assert np.abs(trainer.arrays()["w"].reshape(-1) - [1, 2, 3, 4]).max() > 0.05
+assert "torch" not in sys.modules
+assert not Watch.asked, Watch.asked
+print("stepped")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "stepped\n"
+    assert done.stderr == "", "the gradient builder's lines reached the user"
