@@ -10,6 +10,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,7 @@ def calibrate(
     seed: int,
     deadline: float = math.inf,
     progress: Callable[[int], None] = lambda done: None,
+    threads: int = 1,
 ) -> tuple[dict[str, Moments], int]:
     """Moments of every layer's input patches, and the number of examples they come from.
 
@@ -101,18 +103,26 @@ def calibrate(
         seed: of the sampled positions.
         deadline: on the clock of `time.perf_counter`.
         progress: called with the examples done.
+        threads: layers to work on at the same time.
     """
     sums = {layer.name: MomentSum(_dimension(layer)) for layer in layers}
     done = 0
-    for batch in batches:
-        size = len(next(iter(batch.values())))
-        values = dict(zip(tensors, run(batch), strict=True))
-        for layer in layers:
-            per_example = math.ceil(ROWS_PER_DIMENSION * _dimension(layer) / examples)
-            positions = sample_positions(layer, size, per_example, seed + done)
-            sums[layer.name].add(patches(layer, layer.geometry, values[layer.input], positions))
-        done += size
-        progress(done)
-        if done >= examples or time.perf_counter() > deadline:
-            break
-    return {name: total.moments() for name, total in sums.items()}, done
+
+    def add(layer: Layer, tensor: NDArray[Any], size: int) -> None:
+        per_example = math.ceil(ROWS_PER_DIMENSION * _dimension(layer) / examples)
+        positions = sample_positions(layer, size, per_example, seed + done)
+        sums[layer.name].add(patches(layer, layer.geometry, tensor, positions))
+
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in batches:
+            size = len(next(iter(batch.values())))
+            values = dict(zip(tensors, run(batch), strict=True))
+            inputs = [values[layer.input] for layer in layers]
+            list(pool.map(add, layers, inputs, [size] * len(layers)))
+            del values, inputs  # or they would stay while the next batch runs
+            done += size
+            progress(done)
+            if done >= examples or time.perf_counter() > deadline:
+                break
+    # One layer after the other gives up its sum, so that sums and moments are not both there in full.
+    return {layer.name: sums.pop(layer.name).moments() for layer in layers}, done

@@ -1,7 +1,12 @@
-"""The command line: parse, call, print, exit code; no logic."""
+"""The command line: parse, call, print, exit code; no logic.
+
+What takes long to import is imported inside the commands: `--help` answers at once, and an interrupt while
+onnx and ONNX Runtime are being loaded ends as any other.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -10,14 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
 
-from onnxneutrino import console, inspection
-from onnxneutrino.conductor import compress_file
+from onnxneutrino import heap
 from onnxneutrino.config import AUGMENTATIONS, LAYOUTS, OBJECTIVES, Config, load_config, parse_duration
-from onnxneutrino.errors import NeutrinoError, UsageError
-from onnxneutrino.formats import format_metric
-from onnxneutrino.report import plain
+from onnxneutrino.errors import NeutrinoError, OutputError, UsageError
+
+PIPE_WIDTH = 240
+ERROR_TEXT = 240
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -103,6 +107,7 @@ def common_options(command: Command) -> Command:
 @click.version_option(package_name="onnxneutrino")
 def main() -> None:
     """Make an ONNX model smaller and faster, its metric at most delta worse."""
+    heap.return_large_blocks()
 
 
 @main.command()
@@ -125,16 +130,18 @@ def compress(source: Path, target: Path, quiet: bool, json_file: str | None, deb
     """Write a smaller OUT.ONNX and OUT.report.json. IN.toml beside IN.ONNX describes the data."""
 
     def work() -> None:
+        from onnxneutrino import conductor, console
+
         config = configured(source, options)
         progress = console.Progress(quiet, sys.stderr.isatty())
-        with progress:
-            report = compress_file(source, target, config, progress)
-        show(console.summary(report), json_file)
+        with progress, messages():
+            report = conductor.compress_file(source, target, config, progress)
+        show(console.outlook(report) if config.dry_run else console.summary(report), json_file)
         if not config.dry_run and json_file != "-":
             click.echo(f"Wrote {target} and {target.with_suffix('.report.json')}.")
         emit(json_file, report.to_json())
 
-    run(work, debug)
+    run(work, json_file, debug)
 
 
 @main.command()
@@ -147,11 +154,14 @@ def analyze(source: Path, json_file: str | None, debug: bool, **options: Any) ->
     """List every layer: marked with its forms, or frozen and why; with data also its sensitivity."""
 
     def work() -> None:
-        layers = inspection.analyze(source, configured(source, options))
+        from onnxneutrino import console, inspection
+
+        with messages():
+            layers = inspection.analyze(source, configured(source, options))
         show(console.layer_table(layers), json_file)
         emit(json_file, as_json([dataclasses.asdict(layer) for layer in layers]))
 
-    run(work, debug)
+    run(work, json_file, debug)
 
 
 @main.command()
@@ -163,11 +173,14 @@ def profile(source: Path, compare: Path | None, json_file: str | None, debug: bo
     """Show the six metrics, in all and by node; the user's metric where there is data."""
 
     def work() -> None:
+        from onnxneutrino import console, inspection
+
         config = configured(source, options)
-        profiles = inspection.profile([source] if compare is None else [source, compare], config)
+        with messages():
+            profiles = inspection.profile([source] if compare is None else [source, compare], config)
         other = profiles[1] if compare is not None else None
         table = console.profile_table(
-            config.metric,
+            profiles[0].metric_name,
             profiles[0].metrics,
             profiles[0].nodes,
             other.metrics if other else None,
@@ -176,7 +189,7 @@ def profile(source: Path, compare: Path | None, json_file: str | None, debug: bo
         show(table, json_file)
         emit(json_file, as_json([dataclasses.asdict(entry) for entry in profiles]))
 
-    run(work, debug)
+    run(work, json_file, debug)
 
 
 @main.command()
@@ -187,13 +200,15 @@ def evaluate(source: Path, json_file: str | None, debug: bool, **options: Any) -
     """Measure the metric on the test split."""
 
     def work() -> None:
-        config = configured(source, options)
-        value, examples = inspection.evaluate(source, config)
-        if json_file != "-":
-            click.echo(f"{config.metric} {format_metric(value)} on {examples} test examples")
-        emit(json_file, as_json({"metric": config.metric, "value": value, "examples": examples}))
+        from onnxneutrino import formats, inspection
 
-    run(work, debug)
+        with messages():
+            found = inspection.evaluate(source, configured(source, options))
+        if json_file != "-":
+            click.echo(f"{found.metric} {formats.format_metric(found.value)} on {found.examples} test examples")
+        emit(json_file, as_json(dataclasses.asdict(found)))
+
+    run(work, json_file, debug)
 
 
 def configured(source: Path, options: dict[str, Any]) -> Config:
@@ -209,10 +224,17 @@ def configured(source: Path, options: dict[str, Any]) -> Config:
     return load_config(source, given)
 
 
+def messages() -> contextlib.AbstractContextManager[Any]:
+    """What a user's own loader or metric prints goes to standard error: standard output holds results."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
 def show(renderable: Any, json_file: str | None) -> None:
-    """Print a table, unless standard output carries JSON."""
+    """Print a table, unless standard output carries JSON; not on a terminal it is never cut or wrapped."""
+    from rich.console import Console
+
     if json_file != "-":
-        Console(highlight=False).print(renderable)
+        Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH).print(renderable)
 
 
 def emit(json_file: str | None, text: str) -> None:
@@ -223,18 +245,31 @@ def emit(json_file: str | None, text: str) -> None:
         try:
             Path(json_file).write_text(text, encoding="utf-8")
         except OSError as error:
-            raise UsageError(f"--json {json_file}: cannot be written: {error.strerror or error}") from error
+            raise OutputError(f"{json_file}: cannot be written: {error.strerror or error}") from error
 
 
 def as_json(value: Any) -> str:
     """JSON with a line feed at the end; NaN as null."""
+    from onnxneutrino.report import plain
+
     return json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
 
 
-def run(work: Callable[[], None], debug: bool) -> None:
+def check_json(json_file: str | None) -> None:
+    """Find out before the work whether the JSON file can be written; devices and pipes can."""
+    from onnxneutrino.storage import check_writable
+
+    if json_file not in (None, "-") and (not Path(json_file).exists() or Path(json_file).is_dir()):
+        check_writable(Path(json_file))
+
+
+def run(work: Callable[[], None], json_file: str | None, debug: bool) -> None:
     """Do the work; an error becomes one line and its exit code, a traceback only with --debug."""
     try:
+        check_json(json_file)
         work()
+    except BrokenPipeError:
+        raise  # the reader of standard output has gone, such as `| head`: click ends quietly
     except NeutrinoError as error:
         if debug:
             raise
@@ -248,6 +283,6 @@ def run(work: Callable[[], None], debug: bool) -> None:
     except Exception as error:
         if debug:
             raise
-        line = (str(error).strip().splitlines() or [""])[0]
+        line = " ".join(str(error).split())[:ERROR_TEXT]
         click.echo(f"onnxneutrino: internal error, {type(error).__name__}: {line}; run again with --debug", err=True)
         sys.exit(1)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
+from threadpoolctl import threadpool_limits
 
 from onnxneutrino import cost, metrics, prepare
 from onnxneutrino.candidates import Point
@@ -32,8 +33,9 @@ from onnxneutrino.report import CandidateRow, Event, Report
 from onnxneutrino.runtime import Runner, random_inputs, runtime_conflict
 from onnxneutrino.search import Candidate, Settings, accepted, search
 from onnxneutrino.summary import Chosen, candidate_row, make_report, with_file_size
+from onnxneutrino.task import Marked, Task, build
 from onnxneutrino.training_copy import training_copy
-from onnxneutrino.workbench import Marked, Task, Workbench, build
+from onnxneutrino.workbench import Workbench
 
 Tell = Callable[[Event], None]
 CALIBRATION_SHARE = 0.1
@@ -105,14 +107,20 @@ def compress(
     Raises:
         NeutrinoError: see `errors`.
     """
+    # Layers are worked on side by side, each with one thread: the linear algebra libraries' own threads wait for
+    # each other in a loop, which on cores shared with anything else costs several times what it saves.
+    with threadpool_limits(limits=1, user_api="blas"):
+        return _compress(model, config, name, size_bytes, tell)
+
+
+def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | None, tell: Tell) -> Result:
     clock = Clock(config.time_limit, tell)
     clock.phase("load")
     conflict = runtime_conflict()
     warnings = [conflict] if conflict else []
-    metric = metrics.resolve(config.metric, config.metric_base)
     opened = prepare.open_model(model, name, config)
-    dataset = prepare.open_dataset(opened, metric, config)
-    judges = deciding(dataset, config.seed)
+    config, metric, dataset = prepare.settled(opened, config)
+    judges = deciding(dataset, config.seed, config.data.path)
     warnings.extend(dataset.warnings)
     clock.phase("normalize")
     samples = prepare.first_examples(dataset.test, SAMPLES)
@@ -153,6 +161,8 @@ def compress(
     candidates = search(bench, settings, lambda: clock.left - reserve, note)
     clock.phase("verify")
     warnings.extend(bench.warnings)
+    if settings.train and not (config.dry_run or bench.fine_tunes or bench.warnings):
+        warnings.append(f"no network was fine-tuned: --time-limit {config.time_limit:g}s left no time; give more")
     chosen = choose(candidates, settings, task, rows, judges, warnings)
     report = make_report(
         opened,
@@ -329,9 +339,9 @@ def compress_file(source: Path, target: Path, config: Config, tell: Tell = lambd
     Raises:
         NeutrinoError: nothing is written then.
     """
-    report_path = target.with_suffix(".report.json")
     if not config.dry_run:
         check_writable(target)
+        report_path = target.with_suffix(".report.json")
         check_writable(report_path)
         if target.exists() and source.exists() and target.samefile(source):
             raise OutputError(f"{target}: is the input itself; give another output path")
@@ -339,27 +349,25 @@ def compress_file(source: Path, target: Path, config: Config, tell: Tell = lambd
     result = compress(given.model, config, name=source.name, size_bytes=cost.size_bytes(source), tell=tell)
     if result.model is None:
         return result.report
-    save(result.model, target, given.external)
-    verify_file(target, result.model, config)
-    report = with_file_size(result.report, cost.size_bytes(target))
-    write_whole(report_path, report.to_json())
+    temporary = report_path.with_name(f".{report_path.name}.tmp")
+    try:
+        # Before the model takes its place: where the disk cannot hold the report, nothing is written.
+        _write(temporary, result.report, report_path)
+        save(result.model, target, given.external)
+        verify_file(target, result.model, config)
+        report = with_file_size(result.report, cost.size_bytes(target))
+        _write(temporary, report, report_path)
+        os.replace(temporary, report_path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return report
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file in one piece.
-
-    Raises:
-        OutputError: the disk or the system refuses.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
+def _write(temporary: Path, report: Report, path: Path) -> None:
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        temporary.write_text(report.to_json(), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def verify_file(path: Path, model: ModelProto, config: Config) -> None:

@@ -55,10 +55,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. `delta` is in the metric's own units; times are in seconds."""
+    """One run. `delta` is in the metric's own units; times are in seconds.
+
+    `metric` is empty where none was asked for: then it is top1, or agreement for data without targets.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
-    metric: str = "top1"
+    metric: str = ""
     metric_base: Path = Path(".")
     delta: float = 1.0
     stage: int = 2
@@ -207,7 +210,10 @@ def _positive(value: Any) -> float:
 
 
 def _seconds(value: Any) -> float:
-    return _positive(parse_duration(value) if isinstance(value, str) else value)
+    try:
+        return _positive(parse_duration(value) if isinstance(value, str) else value)
+    except UsageError:
+        raise ValueError(f"must be a duration such as 90s, 15m or 2h, got {value!r}") from None
 
 
 def _whole(value: Any) -> int:

@@ -35,6 +35,15 @@ from onnxneutrino.report import Event, Report, SixMetrics, enhancement, ratio
 WIDTH = 80
 PAUSE = 10.0
 STAGE_NAME = re.compile(rf"/({'|'.join(FORMS)})\.\w+$")
+OUTLOOK_DROP = 3.0  # deltas: about what training brings back
+# The metric that an objective's cost compares with, and its unit; latency counts multiply-accumulates.
+COST_OF = {
+    "params": ("params", "params"),
+    "macs": ("macs", "MACs"),
+    "size": ("size_bytes", "bytes"),
+    "memory": ("memory_bytes", "bytes of memory"),
+    "latency": ("macs", "MACs"),
+}
 COSTS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("Size", "size_bytes", format_bytes),
     ("MACs", "macs", format_count),
@@ -86,6 +95,40 @@ def summary(report: Report) -> RenderableType:
         )
     lines.extend(Text(f"Warning: {warning}") for warning in report.warnings)
     return Group(table, *lines)
+
+
+def outlook(report: Report) -> RenderableType:
+    """Show what a dry run found and what would follow: the layers, the time, and a rough size within reach."""
+    marked = [layer for layer in report.layers if layer.reason is None]
+    training = report.settings["trainer"] == "ort"
+    goal, within = (OUTLOOK_DROP, "three delta") if training else (1.0, "delta")
+    plans = [row for row in report.candidates if row.drop is not None and row.drop <= goal * report.delta]
+    smallest = min(plans, key=lambda row: row.cost, default=None)
+    lines = [
+        f"{report.model}: {_short(report.metric_name)} {format_metric(report.original.metric)}, "
+        f"{format_count(report.original.params)} params, {format_count(report.original.macs)} MACs.",
+        f"{len(marked)} of {len(report.layers)} layers can be factorized, "
+        f"{format_count(sum(layer.params_before for layer in marked))} params in them.",
+    ]
+    if smallest is None:
+        tried = len(report.candidates)
+        lines.append(f"No untrained plan of {tried} is within {within}: little will be gained; try a larger --delta.")
+    else:
+        field, unit = COST_OF[report.objective]
+        gain = format_ratio(ratio(getattr(report.original, field), smallest.cost))
+        lines.append(
+            f"Roughly within reach: {gain} fewer {unit}, the smallest plan whose untrained drop "
+            f"({format_metric(smallest.drop)}) is within {within}."
+        )
+    if training:
+        spent = sum(report.seconds.values())
+        left = max(float(report.settings["time_limit"]) - spent, 0.0)
+        lines.append(
+            f"This took {format_seconds(spent)}; training and verifying would take up to {format_seconds(left)}."
+        )
+    lines.append("Dry run: nothing was written.")
+    lines.extend(f"Warning: {warning}" for warning in report.warnings)
+    return Group(*map(Text, lines))
 
 
 def layer_table(layers: Sequence[AnalyzedLayer]) -> RenderableType:

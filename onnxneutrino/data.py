@@ -61,10 +61,11 @@ def open_data(config: DataConfig, inputs: Sequence[InputSpec], *, seed: int, cla
     return Dataset(train.subset(order[count:]), train.subset(order[:count]), validation, test, warnings)
 
 
-def deciding(dataset: Dataset, seed: int) -> Deciding:
+def deciding(dataset: Dataset, seed: int, name: str = "the data") -> Deciding:
     """Choose who decides: `x_val`, with the whole test split reporting, else halves of the test split.
 
     The halves are drawn once with the seed; with an odd number of examples the reporting half is larger.
+    `name` is what a message calls the data.
 
     Raises:
         DataError: a test split of one example, which has no halves.
@@ -73,7 +74,9 @@ def deciding(dataset: Dataset, seed: int) -> Deciding:
     if dataset.validation is not None:
         return Deciding(dataset.validation, test, test, "x_val", None, np.arange(len(test)))
     if len(test) < 2:
-        raise DataError("the test split has 1 example; one half decides and one reports, so it needs 2 or more")
+        raise DataError(
+            f"{name}: the test split has 1 example; one half decides and one reports, so it needs 2 or more"
+        )
     order = np.random.default_rng([seed, _HALVES]).permutation(len(test))
     select, report = np.sort(order[: len(test) // 2]), np.sort(order[len(test) // 2 :])
     return Deciding(test.subset(select), test.subset(report), test, "half of the test split", select, report)

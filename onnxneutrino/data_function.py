@@ -30,10 +30,10 @@ class UserFunction:
         """
         try:
             return self.function(*arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script's sys.exit must not end the run in silence
             raise self.failure(error) from error
 
-    def failure(self, error: Exception) -> NeutrinoError:
+    def failure(self, error: BaseException) -> NeutrinoError:
         """Return the one line for an exception out of the user's code."""
         return self.error(f"{_place(error, self.path)}: {self.name} failed with {describe(error)}")
 
@@ -67,7 +67,7 @@ def load_function(reference: str, base: Path, error: type[NeutrinoError]) -> Use
         spec.loader.exec_module(module)
     except SyntaxError as problem:
         raise error(f"{path}, line {problem.lineno}: {problem.msg}") from problem
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         raise error(f"{_place(problem, path)}: cannot be imported, {describe(problem)}") from problem
     finally:
         sys.path.remove(folder)
@@ -86,5 +86,5 @@ def describe(error: BaseException) -> str:
 
 def _place(error: BaseException, path: Path) -> str:
     """File and the last line in it that the exception went through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == path.resolve()]
     return f"{path}, line {frames[-1].lineno}" if frames else str(path)

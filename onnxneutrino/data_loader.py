@@ -172,7 +172,7 @@ def _items(source: Iterable[Any], function: UserFunction) -> Iterator[Any]:
     """Iterate the user's object; what it raises becomes one line."""
     try:
         yield from source
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise function.failure(error) from error
 
 

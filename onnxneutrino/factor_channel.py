@@ -57,3 +57,6 @@ class OutputProjection:
         last = self.problem.unweighted(kept)[:, :, None, None]
         stages = (stage(first), stage(last))
         return self.problem.chain(self.form, ranks, stages, float(errors[rank]))
+
+    def release(self) -> None:
+        """Nothing: the eigenvectors serve every rank and are small."""

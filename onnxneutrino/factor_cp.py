@@ -82,6 +82,10 @@ class Cp:
         stages.append(stage(self.problem.unweighted(found.last)[:, :, None, None]))
         return self.problem.chain("cp", ranks, stages, found.error)
 
+    def release(self) -> None:
+        """Forget the features' fit; see `SharedFeatures`."""
+        self.features.release()
+
     def _components(self, rank: int) -> Components:
         if rank not in self._solved:
             self._solved[rank] = self._fit_last(*self._from_core(rank))

@@ -50,6 +50,9 @@ class Decomposition(Protocol):
             ValueError: ranks below 1 or above `limit`.
         """
 
+    def release(self) -> None:
+        """Forget what takes much memory and little time to compute again at the ranks of a plan."""
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:

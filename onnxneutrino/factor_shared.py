@@ -30,13 +30,13 @@ class Nested:
     """The fit at all ranks up to `r`.
 
     Attributes:
-        first: `V`, `(r, F)`, orthonormal rows.
+        first: `V`, `(r, F)`, orthonormal rows, float32.
         lower: `L`, `(r·T, r·T)`.
         whitened: `Y`, `(O, r·T)`.
         direct: `G^½WBᵀ`, `(O, r·T)`.
     """
 
-    first: Double
+    first: Array
     lower: Double
     whitened: Double
     direct: Array
@@ -51,6 +51,10 @@ class Nested:
 class SharedFeatures:
     """Fits of one layer with a first stage on the axes `f`; solved on first use, again for a higher rank.
 
+    `L` at the highest ranks takes far more memory than all else of a layer (137 MB for 512×512×3×3), and is
+    needed only while its errors are asked for: `release` forgets it, and keeps `V`, from which a fit at the
+    rank of a plan takes a moment.
+
     Args:
         problem: the layer.
         order: positions of the patch's elements in the order `(f, t)`; None where they are so already.
@@ -61,6 +65,7 @@ class SharedFeatures:
         self.problem = problem
         self.taps = taps
         self.order = order
+        self._basis: Array | None = None
         self._nested: Nested | None = None
 
     @property
@@ -78,6 +83,10 @@ class SharedFeatures:
         if self._nested is None or len(self._nested.first) < rank:
             self._nested = self._solve(rank)
         return self._nested
+
+    def release(self) -> None:
+        """Forget what is large and can be computed again from `V`."""
+        self._nested = None
 
     def error(self, rank: int) -> float:
         """`tr G (W - M)Σ(W - M)ᵀ` at `rank`.
@@ -110,25 +119,29 @@ class SharedFeatures:
     def _ordered(self, matrix: Array) -> Array:
         return matrix if self.order is None else matrix[:, self.order]
 
-    def _first(self, rank: int) -> Double:
-        """`V`, `(rank, F)`, orthonormal rows."""
+    def _first(self, rank: int) -> Array:
+        """`V`, `(rank, F)`, orthonormal rows: computed once, and again only for a higher rank."""
+        if self._basis is None or len(self._basis) < rank:
+            self._basis = self._leading(rank)
+        return self._basis[:rank]
+
+    def _leading(self, rank: int) -> Array:
         target = self._ordered(self.problem.target).reshape(-1, self.width, self.taps)
         flat = np.ascontiguousarray(target.transpose(1, 0, 2)).reshape(self.width, -1)
         lower = cholesky(self.tap_moment())
         inner = lower.T @ (flat @ flat.T).astype(np.float64) @ lower
         _, vectors = top_eigenvectors(inner, rank)
         first = scipy.linalg.solve_triangular(lower, vectors, trans="T", lower=True)
-        return np.ascontiguousarray(np.linalg.qr(first)[0].T)
+        return np.ascontiguousarray(np.linalg.qr(first)[0].T, np.float32)
 
     def _solve(self, rank: int) -> Nested:
         moments, ridge = self.problem.moments, self.problem.ridge
         first = self._first(rank)
-        single = first.astype(np.float32)
 
         def project(matrix: Array) -> Array:
             """`B · matrix` for a matrix `(D, n)` in the order `(f, t)`."""
             columns = np.ascontiguousarray(matrix).reshape(self.width, -1)
-            return np.asarray((single @ columns).reshape(rank * self.taps, -1))
+            return np.asarray((first @ columns).reshape(rank * self.taps, -1))
 
         if moments.sigma is not None:
             sigma = moments.sigma if self.order is None else moments.sigma[np.ix_(self.order, self.order)]

@@ -49,6 +49,10 @@ class SharedFirst:
         self.features.nested(max(rank for (rank,) in grid))
         return [self.problem.relative(self.features.error(rank)) for (rank,) in grid]
 
+    def release(self) -> None:
+        """Forget the features' fit; see `SharedFeatures`."""
+        self.features.release()
+
     def factors(self, ranks: tuple[int, ...]) -> Factors:
         """The chain at `ranks`: `V` and `G^-½P`."""
         check_ranks(self.form, ranks, self.limit)

@@ -36,6 +36,10 @@ class Tucker2:
         curves = {r1: self._truncated(r1)[0] for r1 in sorted({r1 for r1, _ in grid})}
         return [self.problem.relative(float(curves[r1][r2])) for r1, r2 in grid]
 
+    def release(self) -> None:
+        """Forget the features' fit; see `SharedFeatures`."""
+        self.features.release()
+
     def factors(self, ranks: tuple[int, ...]) -> Factors:
         """The chain at `ranks`: `A`, `FᵀG^½P` and `G^-½F`."""
         r1, r2 = ranks

@@ -30,6 +30,7 @@ from onnx import ModelProto, helper
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.graph import capped_ir
 from onnxneutrino.losses import Loss, loss_inputs, with_loss
+from onnxneutrino.runtime import session_options
 
 Arrays = dict[str, NDArray[Any]]
 MINIMUM_OPSET = 13
@@ -226,8 +227,6 @@ def _training_package() -> tuple[Any, Any, Any]:
 
 def _artifacts(model: ModelProto, trainable: Sequence[str], folder: Path, threads: int) -> tuple[Any, Any, Any]:
     artifacts, onnxblock, api = _training_package()
-    import onnxruntime
-
     model = capped_ir(model)
     with _silent_stderr():
         artifacts.generate_artifacts(
@@ -239,11 +238,8 @@ def _artifacts(model: ModelProto, trainable: Sequence[str], folder: Path, thread
         )
     for name in ("training_model.onnx", "eval_model.onnx", "optimizer_model.onnx"):
         onnx.save(capped_ir(onnx.load(folder / name)), folder / name)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
     state = api.CheckpointState.load_checkpoint(str(folder / "checkpoint"))
-    module = api.Module(str(folder / "training_model.onnx"), state, session_options=options)
+    module = api.Module(str(folder / "training_model.onnx"), state, session_options=session_options(threads))
     optimizer = api.Optimizer(str(folder / "optimizer_model.onnx"), module)
     return module, optimizer, state
 
@@ -281,6 +277,9 @@ def fine_tune(
         learning_rate: peak of AdamW's learning rate.
         steps: number of steps, when it is known already; nothing is timed then.
         report: called with step, steps and loss about once a second.
+
+    Raises:
+        TrainingError: the loss or a trained array is not finite.
     """
     start = time.perf_counter()
     if steps is None:
@@ -298,7 +297,11 @@ def fine_tune(
         if time.perf_counter() - told > 1.0:
             told = time.perf_counter()
             report(step + 1, steps, float(np.mean(losses[-20:])))
-    return Trained(trainer.arrays(), tuple(losses), schedule, time.perf_counter() - start)
+    arrays = trainer.arrays()
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():  # what the last step did shows in no loss
+            raise TrainingError(f"'{name}' is not finite after training; lower the learning rate or check the data")
+    return Trained(arrays, tuple(losses), schedule, time.perf_counter() - start)
 
 
 def prefetched(examples: Iterator[Example], depth: int = 2) -> Generator[Example, None, None]:

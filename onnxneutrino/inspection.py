@@ -5,40 +5,67 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from onnxneutrino import cost, metrics, prepare
+from onnxneutrino.calibrate import calibrate, images_needed
 from onnxneutrino.conductor import mark
 from onnxneutrino.config import Config
 from onnxneutrino.console import AnalyzedLayer
 from onnxneutrino.cost import NodeCost
+from onnxneutrino.data import Split
+from onnxneutrino.errors import ModelError
 from onnxneutrino.forms import applicable
-from onnxneutrino.graph import load
+from onnxneutrino.graph import element_dtype, load, real_inputs
+from onnxneutrino.layer_options import LayerOptions
 from onnxneutrino.plan import Frozen, Layer
 from onnxneutrino.report import SixMetrics
 from onnxneutrino.runtime import Runner, latencies, random_inputs
 from onnxneutrino.summary import six_metrics
+from onnxneutrino.task import Marked
 
 NORMALIZE_SAMPLES = 2
+SENSITIVITY_IMAGES = 4096
+SENSITIVITY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The six metrics of one model, and its nodes."""
+    """The six metrics of one model, and its nodes; `metric_name` is the one that would be or was measured."""
 
     name: str
+    metric_name: str
     metrics: SixMetrics
     nodes: tuple[NodeCost, ...]
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A metric's value on the test split, in its own units, and the number of examples."""
+
+    metric: str
+    value: float
+    examples: int
+
+
 def analyze(path: Path, config: Config) -> list[AnalyzedLayer]:
     """Every Conv, ConvTranspose, Gemm and MatMul of the normalized graph, marked or frozen.
+
+    Where data is described, a marked layer has its sensitivity: the relative error of its output at half its
+    params, on up to 4096 training inputs.
 
     Raises:
         NeutrinoError: see `errors`.
     """
     opened = prepare.open_model(load(path).model, path.name, config)
     samples = [random_inputs(opened.model, opened.shapes, config.seed + index) for index in range(NORMALIZE_SAMPLES)]
+    dataset = prepare.settled(opened, config)[2] if config.data.path else None
+    if dataset is not None:
+        samples = prepare.first_examples(dataset.test, NORMALIZE_SAMPLES)
     marked = mark(opened, samples, config)
+    errors = {} if dataset is None else sensitivities(marked, dataset.train, config)
     macs = {node.name: node.macs for node in cost.node_costs(marked.model, marked.types)}
     listed: list[Layer | Frozen] = [*marked.layers, *marked.frozen]
     found = {layer.name: layer for layer in listed}
@@ -53,7 +80,7 @@ def analyze(path: Path, config: Config) -> list[AnalyzedLayer]:
                 params=layer.params,
                 macs=macs.get(name, 0),
                 forms=applicable(layer.weight.shape) if isinstance(layer, Layer) else (),
-                sensitivity=None,
+                sensitivity=errors.get(name),
                 reason=layer.reason if isinstance(layer, Frozen) else None,
             )
         )
@@ -64,27 +91,33 @@ def profile(paths: Sequence[Path], config: Config) -> list[Profile]:
     """The six metrics of each model, latencies measured in turn; the user's metric where data is described.
 
     Raises:
+        ModelError: a model has other inputs than the first.
         NeutrinoError: see `errors`.
     """
     opened = [prepare.open_model(load(path).model, path.name, config) for path in paths]
-    values: list[float | None] = [None] * len(opened)
-    if config.data.path:
-        values = [_measured(own, config)[0] for own in opened]
+    for own in opened[1:]:
+        if _signature(own) != _signature(opened[0]):
+            raise ModelError(
+                f"{own.name}: its inputs differ from those of {opened[0].name} in number, shape or type; "
+                "compare models of the same inputs"
+            )
+    found = [_measured(own, config) if config.data.path else None for own in opened]
     inputs = random_inputs(opened[0].model, opened[0].shapes, config.seed)
     renamed = [dict(zip(own.shapes, inputs.values(), strict=True)) for own in opened]
-    times = latencies([Runner(own.model, threads=config.threads) for own in opened], renamed)[0]
+    times = latencies([Runner(own.model, threads=config.threads, spinning=True) for own in opened], renamed)[0]
     return [
         Profile(
             own.name,
-            six_metrics(own.model, own.shapes, value, cost.size_bytes(path), time),
+            measured.metric if measured else config.metric or prepare.DEFAULT_METRIC,
+            six_metrics(own.model, own.shapes, measured.value if measured else None, cost.size_bytes(path), time),
             tuple(cost.node_costs(own.model, own.types)),
         )
-        for own, path, value, time in zip(opened, paths, values, times, strict=True)
+        for own, path, measured, time in zip(opened, paths, found, times, strict=True)
     ]
 
 
-def evaluate(path: Path, config: Config) -> tuple[float, int]:
-    """The metric on the test split, and its number of examples.
+def evaluate(path: Path, config: Config) -> Evaluation:
+    """The metric on the test split.
 
     Raises:
         NeutrinoError: see `errors`.
@@ -92,10 +125,43 @@ def evaluate(path: Path, config: Config) -> tuple[float, int]:
     return _measured(prepare.open_model(load(path).model, path.name, config), config)
 
 
-def _measured(opened: prepare.Opened, config: Config) -> tuple[float, int]:
-    metric = metrics.resolve(config.metric, config.metric_base)
-    dataset = prepare.open_dataset(opened, metric, config)
+def sensitivities(marked: Marked, train: Split, config: Config) -> dict[str, float]:
+    """Relative output error of every marked layer at half its params: the least of all forms.
+
+    Layers that no form brings to half are left out.
+    """
+    tensors = sorted({layer.input for layer in marked.layers})
+    if not tensors:
+        return {}
+    batch = prepare.evaluation_batch(marked.opened) if marked.freed else 1
+    moments, _ = calibrate(
+        Runner(marked.batched, tensors, threads=config.threads),
+        tensors,
+        marked.layers,
+        (drawn.inputs for drawn in train.batches(batch, seed=config.seed)),
+        min(images_needed(marked.layers), SENSITIVITY_IMAGES, len(train)),
+        config.seed,
+    )
+    found = {}
+    for layer in marked.layers:
+        options = LayerOptions(layer, moments[layer.name], "params").options
+        losses = [option.loss for option in options if option.cost <= SENSITIVITY_SHARE * layer.params]
+        if losses:
+            found[layer.name] = min(losses)
+    return found
+
+
+def _signature(opened: prepare.Opened) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape at batch 1 and type of every input."""
+    return [
+        (opened.shapes[value.name], element_dtype(value.type.tensor_type.elem_type))
+        for value in real_inputs(opened.model)
+    ]
+
+
+def _measured(opened: prepare.Opened, config: Config) -> Evaluation:
+    config, metric, dataset = prepare.settled(opened, config)
     batched, freed = prepare.free(opened.model, prepare.first_examples(dataset.test, 3), config.threads)
     batch = prepare.evaluation_batch(opened) if freed else 1
     rows = prepare.evaluate(batched, dataset.test, metric, batch, config.threads, batched)
-    return metrics.value(metric, rows), len(rows)
+    return Evaluation(metric.name, metrics.value(metric, rows), len(rows))

@@ -61,7 +61,13 @@ class LayerOptions:
     def options(self) -> list[Option]:
         """Options, cheapest and worst first; the loss is the relative output error."""
         points = candidates(self.layer, self.fits) if self.current is None else self._smaller(self.current)
+        self._release()
         return options(tuple(points), self._unit)
+
+    def _release(self) -> None:
+        """Keep of the fits what every plan needs: a network's layers are all in memory at once."""
+        for fit in self.fits.values():
+            fit.release()
 
     def _smaller(self, current: Factors) -> list[Point]:
         """The trained chain as it is, and truncations of its product."""
@@ -89,10 +95,14 @@ class LayerOptions:
         """The fitted chain of an option."""
         if self.current is not None and choice.ranks == self.current.ranks:
             return self.current
-        return self.fits[choice.form].factors(choice.ranks)
+        found = self.fits[choice.form].factors(choice.ranks)
+        self._release()
+        return found
 
     def challenger(self, option: Option) -> Option:
         """CP at equal cost where its error is lower, else the option itself."""
         if "cp" not in self.fits:
             return option
-        return cp_challenger(self.layer, option, self.fits["cp"], self._unit)
+        found = cp_challenger(self.layer, option, self.fits["cp"], self._unit)
+        self._release()
+        return found

@@ -212,7 +212,7 @@ def drop(metric: Metric, original_rows: NDArray[Any], candidate_rows: NDArray[An
     if count < 2:
         raise MetricError(f"{metric.name}: a drop needs at least 2 examples, there are {count}")
     sign = 1.0 if metric.higher_is_better else -1.0
-    total = sign * (value(metric, original_rows) - value(metric, candidate_rows))
+    total = sign * (value(metric, original_rows) - value(metric, candidate_rows)) + 0.0  # never -0.0
     if _is_mean(metric, original_rows):
         scale = 100 if metric.percent else 1
         spread = np.std(scale * (original_rows[:, 0] - candidate_rows[:, 0]), ddof=1)

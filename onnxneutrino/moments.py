@@ -60,7 +60,10 @@ class MomentSum:
         """Turn the rows that wait into their `D × D` sum, many at once: the sum is dear to touch."""
         rows = np.concatenate(self._rows)
         square = rows.T @ rows
-        self._sum = square if self._sum is None else self._sum + square
+        if self._sum is None:
+            self._sum = square
+        else:
+            self._sum += square
         self._rows, self._waiting = [], 0
 
     def moments(self) -> Moments:
@@ -77,10 +80,12 @@ class MomentSum:
         mean = np.asarray(self._shift + offset, np.float32)
         shift = np.asarray(offset, np.float32)
         if self._sum is None:
-            rows = np.concatenate(self._rows) - shift
+            rows = np.concatenate(self._rows)
+            rows -= shift
             return Moments(mean, self.count, rows=rows)
         sigma = self._sum / np.float32(self.count)
-        sigma -= np.outer(shift, shift)
+        for start in range(0, self.dimension, BLOCK):  # the whole outer product would be as large as Σ
+            sigma[start : start + BLOCK] -= np.outer(shift[start : start + BLOCK], shift)
         return Moments(mean, self.count, sigma=sigma)
 
 

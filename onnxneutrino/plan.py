@@ -85,8 +85,8 @@ class Layer:
 
     @property
     def params(self) -> int:
-        """Elements of weight and bias (`O` for a layer without bias too: its chain gets one)."""
-        return self.weight.size + self.bias.size
+        """Elements of weight and bias, as the graph holds them: no bias, none counted (its chain gets one)."""
+        return self.weight.size + (self.bias.size if len(self.initializers) > 1 else 0)
 
     @property
     def macs(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from onnxneutrino.passes import free_batch
 from onnxneutrino.runtime import Runner, observed_types
 
 CLASSIFIERS = ("top1", "top5", "f1", "agreement")
+DEFAULT_METRIC, UNLABELLED_METRIC = "top1", "agreement"
 BATCH_BYTES = 64 << 20
 EVALUATION_BATCH = 128
 FREED_TOLERANCE = 1e-3
@@ -65,7 +67,18 @@ def open_model(model: ModelProto, name: str, config: Config) -> Opened:
     for given in config.input_shape:
         if given not in wanted:
             raise ModelError(f"{name}: has no input '{given}'; its inputs are {', '.join(sorted(wanted))}")
-    shapes = fixed_shapes(model, config.input_shape)
+    try:
+        shapes = fixed_shapes(model, config.input_shape)
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from error
+    axes = batch_axes(model)
+    for value in real_inputs(model):
+        axis = axes[value.name]
+        size = None if axis is None else (declared_shape(value) or ())[axis]
+        if isinstance(size, int) and size != 1:
+            raise ModelError(
+                f"{name}: input '{value.name}' has a fixed batch of {size}; export it with batch 1 or a free batch"
+            )
     return Opened(model, name, shapes, types_of(model, shapes))
 
 
@@ -189,12 +202,37 @@ def open_dataset(opened: Opened, metric: metrics.Metric, config: Config) -> Data
         DataError: see `open_data`; or the test split has no targets for this metric.
     """
     dataset = open_data(config.data, input_specs(opened), seed=config.seed, classes=class_count(opened, metric))
+    check_targets(dataset, metric, config)
+    return dataset
+
+
+def check_targets(dataset: Dataset, metric: metrics.Metric, config: Config) -> None:
+    """Refuse a test split without the targets that the metric needs."""
     if metric.needs_targets and not dataset.test.labelled:
         raise DataError(
             f"{config.data.path}: the test split has no targets for {metric.name}; add y_test, or use "
             "--metric agreement"
         )
-    return dataset
+
+
+def settled(opened: Opened, config: Config) -> tuple[Config, metrics.Metric, Dataset]:
+    """The metric that is asked for and its data; without one top1, or agreement for data without targets.
+
+    Returns:
+        The configuration with the metric's name in it, the metric, the data.
+
+    Raises:
+        NeutrinoError: the metric is not known or cannot be computed, or see `open_data`.
+    """
+    if config.metric:
+        metric = metrics.resolve(config.metric, config.metric_base)
+        return config, metric, open_dataset(opened, metric, config)
+    metric = metrics.resolve(DEFAULT_METRIC, config.metric_base)
+    dataset = open_data(config.data, input_specs(opened), seed=config.seed, classes=class_count(opened, metric))
+    if not (dataset.train.labelled or dataset.test.labelled):
+        metric = metrics.resolve(UNLABELLED_METRIC, config.metric_base)
+    check_targets(dataset, metric, config)
+    return dataclasses.replace(config, metric=metric.name), metric, dataset
 
 
 def check_not_chance(value: float, metric: metrics.Metric, opened: Opened, config: Config) -> None:

@@ -20,7 +20,7 @@ from onnx import ModelProto
 from onnxneutrino.errors import ModelError
 from onnxneutrino.graph import TensorType, capped_ir, element_dtype, expose
 
-ERRORS_ONLY = 3
+FATAL_ONLY = 4  # every other error is raised as an exception as well
 WARM_UPS = 3
 LEAST_TURNS = 5
 MOST_TURNS = 200
@@ -29,21 +29,23 @@ MOST_TURNS = 200
 class Runner:
     """An inference session: `runner(inputs) -> outputs`, in the order of `names`."""
 
-    def __init__(self, model: ModelProto | Path, outputs: Sequence[str] | None = None, threads: int = 0) -> None:
+    def __init__(
+        self, model: ModelProto | Path, outputs: Sequence[str] | None = None, threads: int = 0, spinning: bool = False
+    ) -> None:
         """Build the session.
 
         Args:
             model: a model, or the path of one (external data is then found beside it).
             outputs: tensors to return, internal ones too; None for the graph's outputs.
             threads: threads within an operator; 0 leaves it to the runtime.
+            spinning: idle threads wait in a loop, as a stock session's do: for measuring latency.
 
         Raises:
             ModelError: the runtime cannot load the model.
         """
-        options = ort.SessionOptions()
-        options.log_severity_level = ERRORS_ONLY
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
+        options = session_options(threads, spinning)
+        # A stock session keeps the memory of its largest run; here many stand at once.
+        options.enable_cpu_mem_arena = spinning
         source = os.fspath(model) if isinstance(model, Path) else _bytes(model, outputs)
         try:
             self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -64,6 +66,20 @@ class Runner:
             raise ModelError(f"no value for the model's input {error}") from error
         except Exception as error:
             raise ModelError(f"ONNX Runtime cannot run the model: {first_line(error)}") from error
+
+
+def session_options(threads: int, spinning: bool = False) -> ort.SessionOptions:
+    """Options of a session, for inference or training.
+
+    Idle threads sleep unless `spinning`: teacher, student and NumPy take turns on the same cores, and one that
+    spins while another works took more than half of the other's time (benchmarks/README.md).
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = FATAL_ONLY
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    return options
 
 
 def _bytes(model: ModelProto, outputs: Sequence[str] | None) -> bytes:

@@ -1,7 +1,7 @@
 """The two stages of the search, pure: cost, training and evaluation come in as a `Bench`.
 
 Stage 1 (exploration): a ladder of plans along the cost, refitted but untrained, shows how fast the network
-gives way; one short fine-tune of a plan whose untrained drop is about three delta tells how much training
+gives way; one short fine-tune of a plan whose untrained drop is about two delta tells how much training
 recovers. Stage 2 (annealing): from the trained weights, smaller plans are settled on the surrogate and by the
 divergence from the original, and only those are trained. (Deeplite Neutrino, AAAI 2021, section 3.)
 """
@@ -9,7 +9,6 @@ divergence from the original, and only those are trained. (Deeplite Neutrino, AA
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +23,15 @@ LADDER_STEP = 1.5
 LADDER_STEPS = 12
 LADDER_END = 8.0
 LADDER_SHARE = 0.1
-EXPLORE_DROP = 3.0
+EXPLORE_DROP = 2.0
+NOISE = 0.05
+RECOVERY = 0.3
+AIM = 0.9
 LARGEST_STEP = 1.5
-WEIGHTINGS = (0.0, 0.5, 1.0)
+WEIGHTINGS = (0.5, 0.0, 1.0)
+LADDER_WEIGHTINGS = (0.5,)
+PLAN_SHARE = 0.05
+SWAP_SHARE = 0.5
 SHARES = {1: (0.15, 0.50), 2: (0.15, 0.23, 0.40)}
 GIVE_BACK_SHARE = 0.06
 FINEST_RATIO = 1.03
@@ -141,15 +146,17 @@ def search(
         tell(candidate, accepted(candidate, settings))
         return candidate
 
-    ladder = _ladder(bench, settings, time_left, record)
-    if settings.dry_run or not ladder:
+    plans = _ladder(bench, settings, time_left, record)
+    if settings.dry_run or not plans:
         return tried
     if not settings.train:
-        _narrow(bench, settings, time_left, record, ladder)
+        _narrow(bench, settings, time_left, record, plans)
         return tried
     shares = SHARES[settings.stage]
-    first = _proposal(bench, settings, _explore_cost(ladder, settings), None, "stage 1, plan")
-    challenged = bench.challenged(first.choices)
+    ladder = Ladder.of(bench.full_cost, plans, settings.delta)
+    explore = min(max(ladder.cost(EXPLORE_DROP * settings.delta), plans[-1].cost), bench.full_cost / FINEST_RATIO)
+    first = _proposal(bench, settings, explore, None, "stage 1, plan", time_left)
+    challenged = bench.challenged(first.choices) if time_left() > SWAP_SHARE * settings.time_limit else first.choices
     if challenged != first.choices:
         other = bench.realize(None, challenged, "stage 1, forms swapped")
         first = other if other.divergence < first.divergence else first
@@ -174,7 +181,7 @@ def _ladder(
     for _ in range(LADDER_STEPS):
         cost = max(bench.full_cost / ratio, floor)
         name = f"stage 1, ladder {bench.full_cost / cost:.1f}x"
-        plan = _proposal(bench, settings, cost, None, name, weightings=(0.5,))
+        plan = _proposal(bench, settings, cost, None, name, time_left, weightings=LADDER_WEIGHTINGS)
         if ladder and plan.cost >= ladder[-1].cost:
             break
         candidate = record(bench.measured(plan))
@@ -198,7 +205,7 @@ def _narrow(
     bad = max((c.cost for c in ladder if not accepted(c, settings) and c.cost < good), default=None)
     while bad is not None and good / bad > FINEST_RATIO and time_left() > 0:
         cost = math.sqrt(good * bad)
-        plan = _proposal(bench, settings, cost, None, f"stage 1, {bench.full_cost / cost:.1f}x")
+        plan = _proposal(bench, settings, cost, None, f"stage 1, {bench.full_cost / cost:.1f}x", time_left)
         candidate = record(bench.measured(plan))
         if not bad < candidate.cost < good:
             break
@@ -214,6 +221,7 @@ def _proposal(
     cost: float,
     source: Candidate | None,
     name: str,
+    time_left: Callable[[], float],
     weightings: Sequence[float] = WEIGHTINGS,
 ) -> Candidate:
     """The plan of at most `cost` that diverges least from the original, among a few surrogates.
@@ -223,6 +231,7 @@ def _proposal(
     """
     options, rest = bench.options(source)
     weights = bench.sensitivities(source)
+    own_options = {layer: {option.choice: option for option in own} for layer, own in options.items()}
     plans: list[Mapping[str, Option]] = []
     for power in weightings:
         weighted = {
@@ -232,9 +241,15 @@ def _proposal(
         chosen = allocate(weighted, cost - rest)
         if source is not None:
             chosen = anneal(weighted, chosen, cost - rest, settings.seed)
-        if all({k: o.choice for k, o in chosen.items()} != {k: o.choice for k, o in p.items()} for p in plans):
-            plans.append(chosen)
-    made = [bench.realize(source, plan, name) for plan in plans]
+        # The bench's own options again: a loss in a plan is an error, whatever weighed it here.
+        plan = {layer: own_options[layer][option.choice] for layer, option in chosen.items()}
+        if plan not in plans:
+            plans.append(plan)
+    made = [bench.realize(source, plans[0], name)]
+    for plan in plans[1:]:
+        if made[-1].seconds > PLAN_SHARE * time_left():
+            break
+        made.append(bench.realize(source, plan, name))
     return min(made, key=lambda candidate: candidate.divergence)
 
 
@@ -256,29 +271,46 @@ def _train(
     return record(bench.measured(dataclasses.replace(result, stage=stage)))
 
 
-def _explore_cost(ladder: Sequence[Candidate], settings: Settings) -> float:
-    """Cost at which the untrained drop is about three delta, read off the ladder."""
-    return _cost_at(_curve(ladder), EXPLORE_DROP * settings.delta, ladder[-1].cost)
+@dataclass(frozen=True)
+class Ladder:
+    """The untrained drop at every cost: linear in the logarithms of both, and extended beyond the last points.
+
+    Drops below a twentieth of delta are noise and count as that; a drop that falls with the cost counts as
+    level, rising by a hair.
+    """
+
+    log_costs: tuple[float, ...]
+    log_drops: tuple[float, ...]
+
+    @classmethod
+    def of(cls, full_cost: float, points: Sequence[Candidate], delta: float) -> Ladder:
+        """From the original's cost and the untrained candidates."""
+        floor = math.log(max(NOISE * delta, 1e-6))
+        costs, drops = [math.log(full_cost)], [floor]
+        for candidate in sorted(points, key=lambda c: -c.cost):
+            if candidate.drop is not None and math.log(candidate.cost) < costs[-1]:
+                costs.append(math.log(candidate.cost))
+                drops.append(max(math.log(max(candidate.drop.value, 1e-9)), drops[-1] + 1e-3))
+        return cls(tuple(costs), tuple(drops))
+
+    def drop(self, cost: float) -> float:
+        """The untrained drop at a cost."""
+        return math.exp(_line(self.log_costs, self.log_drops, math.log(cost)))
+
+    def cost(self, drop: float) -> float:
+        """The cost at which the untrained drop is `drop`: at most the original's, at least half the smallest known."""
+        found = _line(self.log_drops, self.log_costs, math.log(max(drop, 1e-9)))
+        return math.exp(min(max(found, self.log_costs[-1] - math.log(2)), self.log_costs[0]))
 
 
-def _curve(points: Sequence[Candidate]) -> list[tuple[float, float]]:
-    """(log cost, drop), falling cost, the drop made monotone."""
-    worst = -math.inf
-    curve = []
-    for candidate in sorted(points, key=lambda c: -c.cost):
-        if candidate.drop is not None:
-            worst = max(worst, candidate.drop.value)
-            curve.append((math.log(candidate.cost), worst))
-    return curve
-
-
-def _cost_at(curve: Sequence[tuple[float, float]], drop: float, smallest: float) -> float:
-    """Cost where the curve reaches `drop`, linear in log cost; its end where it never does."""
-    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
-        if y1 >= drop:
-            share = 0.0 if y1 <= y0 else min(max((drop - y0) / (y1 - y0), 0.0), 1.0)
-            return math.exp(x0 + share * (x1 - x0))
-    return math.exp(curve[0][0]) if curve and curve[0][1] >= drop else smallest
+def _line(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """Piecewise linear through strictly monotone points, the outer pieces extended."""
+    if len(xs) == 1:
+        return ys[0]
+    rising = xs[1] > xs[0]
+    place = next((i for i in range(1, len(xs) - 1) if (x <= xs[i]) == rising), len(xs) - 1)
+    x0, x1, y0, y1 = xs[place - 1], xs[place], ys[place - 1], ys[place]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
 def _descend(
@@ -288,67 +320,63 @@ def _descend(
     time_left: Callable[[], float],
     record: Callable[[Candidate], Candidate],
     tried: Sequence[Candidate],
-    ladder: Sequence[Candidate],
+    ladder: Ladder,
 ) -> None:
     """Fine-tunes of falling cost; when the last one is refused, part of what it removed is given back."""
     for index, share in enumerate((*shares, GIVE_BACK_SHARE)):
         done = [candidate for candidate in tried if candidate.trained > 0]
         if not done:
             return
-        if index == len(shares):
-            if accepted(done[-1], settings):
-                return
-            share = max(share, time_left() / settings.time_limit)
+        if index == len(shares) and accepted(done[-1], settings):
+            return
+        if index >= len(shares) - 1:
+            share = max(share, time_left() / settings.time_limit - (index < len(shares)) * GIVE_BACK_SHARE)
         if time_left() < 0.5 * GIVE_BACK_SHARE * settings.time_limit:
             return
-        cost = next_cost(done, ladder, settings)
-        larger = [c for c in done if c.cost > cost]
-        source = min(larger, key=lambda c: c.cost, default=None)
+        seconds = min(share * settings.time_limit, time_left())
+        cost, source = next_step(done, ladder, settings, seconds)
         name = f"stage {settings.stage}, {bench.full_cost / cost:.1f}x"
-        plan = _proposal(bench, settings, cost, source, name)
-        if _train(bench, plan, share * settings.time_limit, time_left, record, name, settings.stage) is None:
+        if source is not None and cost >= source.cost:
+            plan = source
+        else:
+            plan = _proposal(bench, settings, cost, source, name, time_left)
+        if _train(bench, plan, seconds, time_left, record, name, settings.stage) is None:
             return
 
 
-def next_cost(done: Sequence[Candidate], ladder: Sequence[Candidate], settings: Settings) -> float:
-    """Cost whose drop, trained, should just be accepted: a secant on log cost.
+def next_step(
+    done: Sequence[Candidate], ladder: Ladder, settings: Settings, seconds: float
+) -> tuple[float, Candidate | None]:
+    """Cost that should just be accepted after `seconds` more of training, and what to start from.
 
-    With one trained candidate its drop scales the ladder's untrained drops; with more, the line through the
-    two nearest to the goal is used. A step down is at most 1.5 times, and never below a refused cost.
+    Training leaves a share of the untrained drop, which the ladder knows for every cost: the share that the
+    newest candidate shows, falling with the time trained to the power -0.3; a refused candidate that was trained
+    on once and refused again shows that time alone does not do. The start is a trained candidate of
+    at least that cost (of that very cost: it is trained on), from which a step down is at most 1.5 times; or
+    the original, where only a larger network than the trained ones will do.
+
+    Args:
+        done: trained candidates, in the order trained.
+        ladder: untrained drops.
+        settings: delta and confidence.
+        seconds: of the next fine-tune.
     """
     newest = done[-1]
     assert newest.drop is not None
-    goal = settings.delta - settings.z * newest.drop.standard_error
-    smallest_good = min((c.cost for c in done if accepted(c, settings)), default=None)
-    refused = max((c.cost for c in done if not accepted(c, settings)), default=0.0)
-    if len(done) == 1 or smallest_good is None or refused == 0.0:
-        curve = _curve(ladder)
-        untrained = max(_drop_at(curve, math.log(newest.cost)), 1e-9)
-        share = max(newest.drop.value, 0.1 * settings.delta) / untrained
-        cost = _cost_at([(x, share * y) for x, y in curve], goal, newest.cost / LARGEST_STEP)
-    else:
-        good = min((c for c in done if accepted(c, settings)), key=lambda c: c.cost)
-        bad = max((c for c in done if not accepted(c, settings)), key=lambda c: c.cost)
-        cost = _between(good, bad, goal)
-    if accepted(newest, settings):
-        cost = min(max(cost, newest.cost / LARGEST_STEP), newest.cost / FINEST_RATIO)
-    else:
-        cost = max(cost, newest.cost * FINEST_RATIO)
-    return cost
+    goal = AIM * (settings.delta - settings.z * newest.drop.standard_error)
+    left = max(newest.drop.value, NOISE * settings.delta) / ladder.drop(newest.cost)
 
+    def reachable(source: Candidate | None) -> float:
+        trained = seconds + (0.0 if source is None else source.trained)
+        share = left * (newest.trained / max(trained, 1e-9)) ** RECOVERY
+        return ladder.cost(goal / share) if goal > 0 and share > 0 else math.inf
 
-def _drop_at(curve: Sequence[tuple[float, float]], x: float) -> float:
-    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
-        if x1 <= x <= x0:
-            return y0 + (y1 - y0) * (x0 - x) / max(x0 - x1, 1e-12)
-    return curve[-1][1] if x < curve[-1][0] else curve[0][1]
-
-
-def _between(good: Candidate, bad: Candidate, goal: float) -> float:
-    """Where the line through two candidates in (log cost, drop) meets `goal`, kept off both ends."""
-    assert good.drop is not None
-    assert bad.drop is not None
-    x0, x1 = math.log(good.cost), math.log(bad.cost)
-    rise = bad.drop.value - good.drop.value
-    share = (goal - good.drop.value) / rise if rise > 0 else 0.5
-    return math.exp(x0 + min(max(share, 0.1), 0.8) * (x1 - x0))
+    for source in sorted(done, key=lambda c: (c.cost, -c.trained)):
+        cost = max(reachable(source), source.cost / LARGEST_STEP)
+        if accepted(source, settings):
+            return min(cost, source.cost / FINEST_RATIO), source
+        stuck = sum(c.cost == source.cost for c in done) > 1
+        if cost <= source.cost and not stuck:
+            return source.cost, source
+    largest = max(c.cost for c in done)
+    return max(min(reachable(None), math.exp(ladder.log_costs[0])), largest * FINEST_RATIO), None

@@ -34,6 +34,7 @@ QUANTIZED = re.compile(
 TAKES_INFINITY = frozenset({"Add", "Clip", "Expand", "Max", "Min", "Pad", "Where", "ConstantOfShape"})
 PROTOBUF_LIMIT = 2**31 - 2**20
 EXTERNAL_THRESHOLD = 1024
+CHECKER_TEXT = 240
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +155,9 @@ def check(model: ModelProto, name: str) -> None:
         try:
             onnx.checker.check_model(model)
         except Exception as error:
-            raise ModelError(f"{name}: not a valid ONNX model: {_first_line(error)}") from error
+            # The checker spreads one sentence, and the node it is about, over several lines.
+            text = " ".join(str(error).split())[:CHECKER_TEXT]
+            raise ModelError(f"{name}: not a valid ONNX model: {text}; export it again") from error
     readers: dict[str, list[str]] = {}
     for node in all_nodes(model.graph):
         for tensor_name in node.input:
@@ -181,6 +184,8 @@ def check_writable(path: Path) -> None:
     folder = path.parent
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; give the name of a file in it")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: is a device or pipe, which a rename would replace; give the name of a file")
     if not folder.exists():
         raise OutputError(f"{path}: the folder {folder} does not exist; create it first")
     if not folder.is_dir():

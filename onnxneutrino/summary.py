@@ -27,7 +27,7 @@ from onnxneutrino.report import (
 )
 from onnxneutrino.runtime import Runner, latencies
 from onnxneutrino.search import Candidate
-from onnxneutrino.workbench import FineTune, Marked, Network, Task, build
+from onnxneutrino.task import FineTune, Marked, Network, Task, build
 
 LIBRARIES = ("onnxneutrino", "onnx", "onnxruntime-training-cpu", "onnxslim", "numpy", "scipy")
 
@@ -49,7 +49,7 @@ def six_metrics(
 
 def measured_latencies(models: Sequence[ModelProto], sample: Inputs, threads: int) -> list[float]:
     """Median latency in ms of each model on one example, measured in turn."""
-    values, _ = latencies([Runner(model, threads=threads) for model in models], [sample] * len(models))
+    values, _ = latencies([Runner(model, threads=threads, spinning=True) for model in models], [sample] * len(models))
     return values
 
 

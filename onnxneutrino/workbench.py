@@ -12,31 +12,28 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto
 
 from onnxneutrino import finetune, metrics
 from onnxneutrino.allocate import Option
 from onnxneutrino.calibrate import calibrate, images_needed
 from onnxneutrino.data import Split
 from onnxneutrino.errors import TrainingError
-from onnxneutrino.factors import Factors, Moments, stage_geometries
-from onnxneutrino.graph import TensorType, with_arrays
-from onnxneutrino.graph import arrays as graph_arrays
+from onnxneutrino.factors import Moments, stage_geometries
 from onnxneutrino.layer_options import LayerOptions
-from onnxneutrino.losses import Loss
-from onnxneutrino.passes.factorize import factorize, last_stage, read_factors, stage_names
+from onnxneutrino.passes.factorize import last_stage, read_factors, stage_names
 from onnxneutrino.passes.find_layers import find_layers
-from onnxneutrino.plan import Frozen, Layer
-from onnxneutrino.prepare import Opened, evaluate
+from onnxneutrino.plan import Layer
+from onnxneutrino.prepare import evaluate
 from onnxneutrino.probe import Probe, divergence, features_at, probe_batches, take_probe
 from onnxneutrino.refit import refit
 from onnxneutrino.runtime import Runner
 from onnxneutrino.search import Candidate
+from onnxneutrino.task import FineTune, Network, Task, build, trainable_names
 from onnxneutrino.teaching import examples
 from onnxneutrino.training_copy import check_training_copy, training_copy
 
@@ -45,94 +42,6 @@ SENSITIVITY_IMAGES = 512
 LEARNING_RATE = 1e-3
 TRUNCATION_IMAGES = 4096
 STOP_IMAGES = 1000
-
-
-@dataclass(frozen=True, eq=False)
-class Network:
-    """Factors by layer name, and trained arrays of other initializers by their name."""
-
-    factors: Mapping[str, Factors] = field(default_factory=dict)
-    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Marked:
-    """What is known before the search: the normalized graph and its layers."""
-
-    opened: Opened
-    model: ModelProto
-    batched: ModelProto
-    notes: tuple[str, ...]
-    types: Mapping[str, TensorType]
-    layers: tuple[Layer, ...]
-    frozen: tuple[Frozen, ...]
-    order: tuple[str, ...]
-    freed: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """What stands fixed during a run.
-
-    Attributes:
-        model: the normalized, deployable graph.
-        batched: the same graph with a symbolic batch where that is possible; for running and training.
-        types: tensor types of `model` at batch 1.
-        layers: the marked layers.
-        trainable: initializers that training may change, where a graph still holds them.
-        loss: what training learns.
-        metric: the user's metric.
-        train: the training split without its validation share.
-        stop: the validation share of the training split; a fine-tune must not lose on it. None without one.
-        select: the deciding images.
-        original_rows: the original's metric statistics on them.
-        objective: what is made small.
-        rest: cost of everything that is not a marked layer, in the unit of the objective.
-        batch: examples of a training step.
-        evaluation_batch: examples of an inference run.
-        threads: for the runtime.
-        seed: of every draw.
-        labels: train with labels where there are some.
-    """
-
-    model: ModelProto
-    batched: ModelProto
-    types: Mapping[str, TensorType]
-    layers: tuple[Layer, ...]
-    trainable: tuple[str, ...]
-    loss: Loss
-    metric: metrics.Metric
-    train: Split
-    stop: Split | None
-    select: Split
-    original_rows: NDArray[Any]
-    objective: str
-    rest: float
-    batch: int
-    evaluation_batch: int
-    threads: int
-    seed: int
-    labels: bool
-
-
-@dataclass(frozen=True)
-class FineTune:
-    """One fine-tune, for the report."""
-
-    name: str
-    steps: int
-    batch: int
-    learning_rate: float
-    seconds: float
-    first_loss: float
-    last_loss: float
-
-
-def build(task: Task, network: Network, batched: bool = False) -> ModelProto:
-    """The graph of a network: deployable, or with a symbolic batch."""
-    model = factorize(task.batched if batched else task.model, task.layers, network.factors)
-    held = graph_arrays(model)
-    return with_arrays(model, {name: array for name, array in network.arrays.items() if name in held})
 
 
 class Workbench:
@@ -160,8 +69,13 @@ class Workbench:
         self._layers = {layer.name: layer for layer in task.layers}
         self._teacher = Runner(task.batched, task.loss.outputs, threads=task.threads)
         batches = probe_batches(task.train, task.evaluation_batch, task.seed, images)
-        layer_outputs = Runner(task.batched, [layer.output for layer in task.layers], threads=task.threads)
-        self.probe: Probe = take_probe(batches, task.layers, self._teacher, layer_outputs, task.seed)
+        self.probe: Probe = take_probe(
+            batches,
+            task.layers,
+            self._teacher,
+            Runner(task.batched, [layer.output for layer in task.layers], threads=task.threads),
+            task.seed,
+        )
         wanted = min(images_needed(task.layers), len(task.train)) if images is None else images
         moments, self.calibration_images = self._moments(Network(), wanted, calibration_seconds)
         self._original = {layer.name: LayerOptions(layer, moments[layer.name], task.objective) for layer in task.layers}
@@ -177,7 +91,10 @@ class Workbench:
 
     def options(self, source: Candidate | None) -> tuple[Mapping[str, Sequence[Option]], float]:
         """Options of every layer and the cost of all the rest."""
-        return {name: own.options for name, own in self._fitted(source).items()}, self.task.rest
+        fitted = self._fitted(source)
+        with ThreadPoolExecutor(self.task.threads) as pool:
+            found = pool.map(lambda own: own.options, fitted.values())
+            return dict(zip(fitted, found, strict=True)), self.task.rest
 
     def _fitted(self, source: Candidate | None) -> dict[str, LayerOptions]:
         """Fits on the original, or on the trained chains of `source` at their trained inputs."""
@@ -218,6 +135,7 @@ class Workbench:
             task.seed,
             time.perf_counter() + seconds,
             lambda done: self._tell(f"calibrating, {done} of {images} inputs", min(done / images, 1.0)),
+            task.threads,
         )
 
     def challenged(self, choices: Mapping[str, Option]) -> Mapping[str, Option]:
@@ -235,14 +153,17 @@ class Workbench:
             for layer, option in choices.items()
             if option.choice is not None
         }
-        network = Network(factors, {} if source is None else source.network.arrays)
-        network = self._refitted(network, name)
+        made = [Network(factors, {} if source is None else source.network.arrays)]
+        made.append(self._refitted(made[0], name))
+        # A trained network has left the original's features; going back to them can cost more than it mends.
+        scored = [(self._divergence(network), network) for network in (made if source else made[1:])]
+        divergence, network = min(scored, key=lambda pair: pair[0])
         return Candidate(
             name=name,
             network=network,
             choices=choices,
             cost=self.task.rest + sum(option.cost for option in choices.values()),
-            divergence=self._divergence(network),
+            divergence=divergence,
             trained=0.0 if source is None else source.trained,
             seconds=time.perf_counter() - start,
         )
@@ -381,14 +302,3 @@ class Workbench:
         task = self.task
         model = build(task, network, batched=True)
         return evaluate(model, split, task.metric, task.evaluation_batch, task.threads, task.batched)
-
-
-def trainable_names(task: Task, network: Network, graph: ModelProto) -> list[str]:
-    """Float initializers of `graph` that training may change: all stages, and the task's others still there."""
-    names = [
-        name
-        for layer in task.layers
-        if layer.name in network.factors
-        for name in stage_names(layer, network.factors[layer.name])
-    ]
-    return finetune.trainable_arrays(graph_arrays(graph), [*names, *task.trainable])

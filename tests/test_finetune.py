@@ -70,11 +70,11 @@ NETS = {
     """,
     "batch normalization": """
         net (float[N,4,6,6] x) => (float[N,4] y)
-        <float[4,4,3,3] w0, float[4] gamma, float[4] beta, float[4] mean, float[4] var, float[4,4,1,1] w1>
+        <float[4,4,3,3] w0, float[4] gamma, float[4] offset, float[4] mean, float[4] var, float[4,4,1,1] w1>
         {
             c = Conv (x, w0)
             r = Tanh (c)
-            n = BatchNormalization <epsilon = 0.01> (r, gamma, beta, mean, var)
+            n = BatchNormalization <epsilon = 0.01> (r, gamma, offset, mean, var)
             d = Conv (n, w1)
             g = GlobalAveragePool (d)
             y = Flatten (g)
@@ -238,9 +238,12 @@ def test_steps_are_adamw_on_clipped_gradients() -> None:
     """Adam does not see a constant scale of the gradient, so its norm is made to vary between the steps."""
     model = filled(NETS["small"])
     names = weights_of(model)
-    batches = [example(model, False, seed=seed) for seed in range(4)]
-    batches = [replace(b, teacher=[b.teacher[0] * s]) for b, s in zip(batches, (200, 0.3, 5, 0.3), strict=True)]
-    rate, beta1, beta2, epsilon = 1e-2, 0.9, 0.999, 1e-8
+    batches = []
+    for seed, error in enumerate((200, 0.01, 5, 0.02)):
+        drawn = example(model, False, seed=seed)
+        near = ReferenceEvaluator(model).run(None, drawn.inputs)[0] + error * drawn.teacher[0]
+        batches.append(replace(drawn, teacher=[near]))
+    rate, beta1, beta2, epsilon = 1e-3, 0.9, 0.999, 1e-6
     with Trainer(training_copy(model, BATCH), names, VALUES, 1) as trainer:
         wanted = {name: array.astype(np.float64) for name, array in trainer.arrays().items()}
         first, second = ({name: np.zeros(wanted[name].shape) for name in names} for _ in range(2))
@@ -254,13 +257,14 @@ def test_steps_are_adamw_on_clipped_gradients() -> None:
                 g = scale * gradients[name].astype(np.float64)
                 first[name] = beta1 * first[name] + (1 - beta1) * g
                 second[name] = beta2 * second[name] + (1 - beta2) * g * g
-                mean = first[name] / (1 - beta1**step)
-                wanted[name] -= rate * mean / (np.sqrt(second[name] / (1 - beta2**step)) + epsilon)
+                # The runtime's AdamW adds epsilon before the bias correction, as Hugging Face's does.
+                corrected = np.sqrt(1 - beta2**step) / (1 - beta1**step)
+                wanted[name] -= rate * corrected * first[name] / (np.sqrt(second[name]) + epsilon)
         assert max(norms) > 10 * finetune.MAX_GRADIENT_NORM
         assert min(norms) < finetune.MAX_GRADIENT_NORM
         for name, array in trainer.arrays().items():
             moved = np.abs(wanted[name] - arrays(model)[name]).max()
-            np.testing.assert_allclose(array, wanted[name], atol=0.02 * moved, err_msg=name)
+            np.testing.assert_allclose(array, wanted[name], atol=2e-3 * moved, err_msg=name)
 
 
 def test_training_lowers_the_loss_and_arrays_come_back_by_name() -> None:
@@ -451,17 +455,11 @@ def test_prefetched_passes_errors_on_after_what_came_before() -> None:
     assert threading.active_count() == before
 
 
-def test_a_training_step_imports_no_torch() -> None:
-    """In a process of its own, with an import hook that notes every attempt to find torch."""
+def test_a_training_step_needs_no_torch() -> None:
+    """In a process of its own, in which torch cannot be imported."""
     script = """
 import sys
-class Watch:
-    asked = []
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "torch":
-            self.asked.append(name)
-        return None
-sys.meta_path.insert(0, Watch())
+sys.modules["torch"] = None
 import numpy as np
 from onnx.parser import parse_model
 from onnxneutrino.finetune import Example, Trainer
@@ -472,8 +470,7 @@ one = np.ones((2, 2), np.float32)
 with Trainer(model, ["w"], Loss("values", ("y",)), 1) as trainer:
     trainer.step(Example({"x": one}, [one], None), 0.1)
     assert np.abs(trainer.arrays()["w"].reshape(-1) - [1, 2, 3, 4]).max() > 0.05
-assert "torch" not in sys.modules
-assert not Watch.asked, Watch.asked
+assert [name for name in sys.modules if name.split(".")[0] == "torch"] == ["torch"]
 print("stepped")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

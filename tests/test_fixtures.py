@@ -105,7 +105,8 @@ def test_network_is_the_script_s(script: ModuleType) -> None:
 
 
 def test_accuracy_is_what_the_readme_states(data: dict[str, np.ndarray]) -> None:
-    accuracy, count = inspection.evaluate(MODEL, load_config(MODEL, {}))
+    found = inspection.evaluate(MODEL, load_config(MODEL, {}))
+    accuracy, count = found.value, found.examples
     assert count == len(data["x_test"])
     # One image: another processor may round another way.
     assert accuracy == pytest.approx(stated(r"top-1 ([\d.]+) %"), abs=100 / count + 0.01)
@@ -114,8 +115,8 @@ def test_accuracy_is_what_the_readme_states(data: dict[str, np.ndarray]) -> None
 def test_network_is_trained(script: ModuleType, tmp_path: Path) -> None:
     config = load_config(MODEL, {})
     onnx.save(script.untrained(), tmp_path / "untrained.onnx")
-    chance, _ = inspection.evaluate(tmp_path / "untrained.onnx", config)
-    accuracy, _ = inspection.evaluate(MODEL, config)
+    chance = inspection.evaluate(tmp_path / "untrained.onnx", config).value
+    accuracy = inspection.evaluate(MODEL, config).value
     assert chance < 40 < 95 < accuracy
 
 
@@ -147,7 +148,7 @@ def test_bare_command_compresses_it(tmp_path: Path) -> None:
     assert report.drop <= report.delta == 1.0
     assert report.drop_interval is not None
     assert report.drop_interval.low <= report.drop <= report.drop_interval.high
-    accuracy, _ = inspection.evaluate(target, load_config(MODEL, {}))
+    accuracy = inspection.evaluate(target, load_config(MODEL, {})).value
     assert accuracy == pytest.approx(report.stage2.metric)
     assert accuracy == pytest.approx(report.original.metric - report.drop)
     assert "Stage 2" in done.stdout

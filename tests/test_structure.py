@@ -21,7 +21,7 @@ LONGEST = 400
 # Every module of the package, lowest first. A module may import only modules of earlier lines; `passes.*` is
 # any single pass, `passes` the tuples in passes/__init__.py, `` the package's own __init__.py.
 TIERS = (
-    ("errors",),
+    ("errors", "heap"),
     ("plan", "config", "walk"),
     ("factors", "shapes", "storage", "report"),
     ("graph", "moments", "formats"),
@@ -34,6 +34,7 @@ TIERS = (
     ("passes",),
     ("calibrate", "layer_options", "refit", "search", "finetune", "normalize"),
     ("training_copy", "prepare", "probe", "teaching"),
+    ("task",),
     ("workbench",),
     ("summary",),
     ("conductor",),

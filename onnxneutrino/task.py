@@ -1,0 +1,119 @@
+"""The values that a run is made of: the marked graph, the task, and the networks that are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from onnxneutrino import finetune, metrics
+from onnxneutrino.data import Split
+from onnxneutrino.factors import Factors
+from onnxneutrino.graph import TensorType, with_arrays
+from onnxneutrino.graph import arrays as graph_arrays
+from onnxneutrino.losses import Loss
+from onnxneutrino.passes.factorize import factorize, stage_names
+from onnxneutrino.plan import Frozen, Layer
+from onnxneutrino.prepare import Opened
+
+
+@dataclass(frozen=True, eq=False)
+class Marked:
+    """What is known before the search: the normalized graph and its layers."""
+
+    opened: Opened
+    model: ModelProto
+    batched: ModelProto
+    notes: tuple[str, ...]
+    types: Mapping[str, TensorType]
+    layers: tuple[Layer, ...]
+    frozen: tuple[Frozen, ...]
+    order: tuple[str, ...]
+    freed: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What stands fixed during a run.
+
+    Attributes:
+        model: the normalized, deployable graph.
+        batched: the same graph with a symbolic batch where that is possible; for running and training.
+        types: tensor types of `model` at batch 1.
+        layers: the marked layers.
+        trainable: initializers that training may change, where a graph still holds them.
+        loss: what training learns.
+        metric: the user's metric.
+        train: the training split without its validation share.
+        stop: the validation share of the training split; a fine-tune must not lose on it. None without one.
+        select: the deciding images.
+        original_rows: the original's metric statistics on them.
+        objective: what is made small.
+        rest: cost of everything that is not a marked layer, in the unit of the objective.
+        batch: examples of a training step.
+        evaluation_batch: examples of an inference run.
+        threads: for the runtime.
+        seed: of every draw.
+        labels: train with labels where there are some.
+    """
+
+    model: ModelProto
+    batched: ModelProto
+    types: Mapping[str, TensorType]
+    layers: tuple[Layer, ...]
+    trainable: tuple[str, ...]
+    loss: Loss
+    metric: metrics.Metric
+    train: Split
+    stop: Split | None
+    select: Split
+    original_rows: NDArray[Any]
+    objective: str
+    rest: float
+    batch: int
+    evaluation_batch: int
+    threads: int
+    seed: int
+    labels: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """Factors by layer name, and trained arrays of other initializers by their name."""
+
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """One fine-tune, for the report."""
+
+    name: str
+    steps: int
+    batch: int
+    learning_rate: float
+    seconds: float
+    first_loss: float
+    last_loss: float
+
+
+def build(task: Task, network: Network, batched: bool = False) -> ModelProto:
+    """The graph of a network: deployable, or with a symbolic batch."""
+    model = factorize(task.batched if batched else task.model, task.layers, network.factors)
+    held = graph_arrays(model)
+    return with_arrays(model, {name: array for name, array in network.arrays.items() if name in held})
+
+
+def trainable_names(task: Task, network: Network, graph: ModelProto) -> list[str]:
+    """Float initializers of `graph` that training may change: all stages, and the task's others still there."""
+    names = [
+        name
+        for layer in task.layers
+        if layer.name in network.factors
+        for name in stage_names(layer, network.factors[layer.name])
+    ]
+    return finetune.trainable_arrays(graph_arrays(graph), [*names, *task.trainable])

@@ -1,0 +1,423 @@
+"""The workbench on a small network: what it builds, refits, measures and trains is what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from onnx import ModelProto, numpy_helper
+from onnx.parser import parse_model
+
+from onnxneutrino import conductor, cost, metrics, prepare, training_copy, workbench
+from onnxneutrino.allocate import Option
+from onnxneutrino.config import Config, DataConfig
+from onnxneutrino.data import deciding
+from onnxneutrino.errors import TrainingError
+from onnxneutrino.factors import Stage
+from onnxneutrino.forms import full_ranks
+from onnxneutrino.graph import arrays, check
+from onnxneutrino.plan import Choice
+from onnxneutrino.probe import divergence
+from onnxneutrino.runtime import Runner
+from onnxneutrino.search import Candidate
+from onnxneutrino.task import Network, Task, build
+from onnxneutrino.workbench import Workbench
+
+# A Conv without bias, one with stride, one left out by the user, a Gemm on a flattened map.
+NET = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,4,8,8] x) => (float[N,8] y)
+    <float[16,4,3,3] w0, float[16,16,3,3] w1, float[16] b1, float[16,16,1,1] w2, float[16] b2, float[8,256] w3,
+     float[8] b3>
+    {
+        [first] c0 = Conv <pads = [1,1,1,1]> (x, w0)
+        [relu0] r0 = Relu (c0)
+        [second] c1 = Conv <pads = [1,1,1,1], strides = [2,2]> (r0, w1, b1)
+        [relu1] r1 = Relu (c1)
+        [kept] c2 = Conv (r1, w2, b2)
+        [relu2] r2 = Relu (c2)
+        [flat] f = Flatten (r2)
+        [head] y = Gemm <transB = 1> (f, w3, b3)
+    }
+"""
+IMAGES = 640
+
+
+def network() -> ModelProto:
+    """Weights whose spectra fall, as those of trained layers do."""
+    model = parse_model(NET)
+    rng = np.random.default_rng(0)
+    for value in model.graph.value_info:
+        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        array = rng.standard_normal(shape)
+        if len(shape) > 1:
+            left, values, right = np.linalg.svd(array.reshape(shape[0], -1), full_matrices=False)
+            array = ((left * (values / np.arange(1, len(values) + 1))) @ right).reshape(shape)
+        model.graph.initializer.append(numpy_helper.from_array((0.7 * array).astype(np.float32), value.name))
+    del model.graph.value_info[:]
+    return model
+
+
+def images(count: int, seed: int) -> NDArray[np.float32]:
+    """Smooth random maps, N x H x W x C."""
+    noise = np.random.default_rng(seed).standard_normal((count, 10, 10, 4))
+    return ((noise[:, :-2, :-2] + noise[:, 1:-1, 1:-1] + noise[:, 2:, 2:]) / 1.7).astype(np.float32)
+
+
+def make_task(folder: Path, model: ModelProto, **changes: Any) -> Task:
+    """The task of a run on `model`, as the conductor makes it."""
+    run = Runner(model)
+    held = {f"x_{split}": images(count, seed) for seed, (split, count) in enumerate((("train", IMAGES), ("test", 120)))}
+    for split in ("train", "test"):
+        held[f"y_{split}"] = run({"x": held[f"x_{split}"].transpose(0, 3, 1, 2)})[0].argmax(axis=1)
+    np.savez(folder / "data.npz", **held)
+    data = DataConfig(path="data.npz", base=folder, validation=changes.pop("validation", 0.1))
+    config = dataclasses.replace(
+        Config(data=data, metric="top1", threads=1, exclude=("kept",), labels=False), **changes
+    )
+    metric = metrics.resolve(config.metric, config.metric_base)
+    opened = prepare.open_model(model, "net", config)
+    dataset = prepare.open_dataset(opened, metric, config)
+    judges = deciding(dataset, config.seed)
+    marked = conductor.mark(opened, prepare.first_examples(dataset.test, 3), config)
+    assert marked.freed
+    batch = prepare.evaluation_batch(opened)
+    rows = prepare.evaluate(marked.batched, judges.test, metric, batch, config.threads, marked.batched)
+    return conductor.make_task(marked, config, metric, dataset, judges, rows, batch)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return make_task(tmp_path_factory.mktemp("data"), network(), validation=0.0)
+
+
+@pytest.fixture(scope="module")
+def bench(task: Task) -> Workbench:
+    return Workbench(task, 60.0)
+
+
+def some_choices(bench: Workbench, source: Candidate | None = None, error: float = 0.1) -> dict[str, Option]:
+    """For every layer the cheapest option that loses at most `error`."""
+    options, _ = bench.options(source)
+    return {
+        name: min((option for option in own if option.loss <= error), key=lambda option: option.cost)
+        for name, own in options.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def candidate(bench: Workbench) -> Candidate:
+    return bench.realize(None, some_choices(bench), "plan")
+
+
+@pytest.fixture(scope="module")
+def trained(bench: Workbench, candidate: Candidate) -> Candidate:
+    found = bench.trained(candidate, 2.0, "trained")
+    assert found is not None
+    return found
+
+
+def inputs(count: int = 16) -> dict[str, NDArray[np.float32]]:
+    return {"x": images(count, 9).transpose(0, 3, 1, 2)}
+
+
+def outputs(model: ModelProto, feed: Mapping[str, NDArray[Any]] | None = None) -> NDArray[Any]:
+    return Runner(model, threads=1)(inputs() if feed is None else feed)[0]
+
+
+def test_the_task_holds_the_layers_that_may_change(task: Task) -> None:
+    assert [layer.name for layer in task.layers] == ["first", "second", "head"]
+    assert [layer.kind for layer in task.layers] == ["conv2d", "conv2d", "map"]
+    assert {"w0", "w1", "b1", "w3", "b3"} == set(task.trainable), "the excluded layer's own are not trained"
+
+
+# --- building -------------------------------------------------------------------------------------------
+
+
+def test_an_empty_network_is_the_model_itself(task: Task) -> None:
+    assert build(task, Network()).SerializeToString() == task.model.SerializeToString()
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("form", ["channel", "input", "spatial_hv", "spatial_vh", "tucker2"])
+def test_full_rank_equals_the_original(bench: Workbench, form: str, batched: bool) -> None:
+    task = bench.task
+    factors = {
+        layer.name: bench._original[layer.name].fits[form].factors(full_ranks(form, layer.weight.shape))
+        for layer in task.layers
+    }
+    built = build(task, Network(factors), batched)
+    check(built, "built")
+    wanted = outputs(task.model)
+    np.testing.assert_allclose(outputs(built), wanted, atol=2e-4 * np.abs(wanted).max())
+
+
+def test_arrays_replace_initializers_that_are_still_there(task: Task, candidate: Candidate) -> None:
+    arrays_of = {"b2": np.arange(16, dtype=np.float32), "w1": np.zeros((16, 16, 3, 3), np.float32)}
+    assert candidate.network.factors.keys() >= {"second"}
+    built = build(task, Network(candidate.network.factors, arrays_of))
+    np.testing.assert_array_equal(arrays(built)["b2"], arrays_of["b2"])
+    assert "w1" not in arrays(built)
+
+
+# --- costs ----------------------------------------------------------------------------------------------
+
+
+def real_cost(task: Task, model: ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    if task.objective == "macs":
+        return cost.macs(model, prepare.types_of(model, shapes))
+    return cost.params(model)
+
+
+@pytest.mark.parametrize("objective", ["params", "macs"])
+def test_costs_are_those_of_the_graph_that_is_built(tmp_path: Path, objective: str) -> None:
+    task = make_task(tmp_path, network(), objective=objective)
+    bench = Workbench(task, 60.0, images=64)
+    shapes = {"x": (1, 4, 8, 8)}
+    assert bench.full_cost == real_cost(task, task.model, shapes)
+    for error in (0.5, 0.1, 0.02, 0.0):
+        choices = some_choices(bench, error=error)
+        made = bench.realize(None, choices, "plan")
+        assert made.cost == real_cost(task, build(task, made.network), shapes), error
+        assert (made.cost == bench.full_cost) is all(option.choice is None for option in choices.values())
+
+
+# --- refit and divergence -------------------------------------------------------------------------------
+
+
+def test_refit_brings_the_network_nearer_to_the_original(bench: Workbench, candidate: Candidate) -> None:
+    unfitted = {
+        name: bench._original[name].factors(option.choice)
+        for name, option in candidate.choices.items()
+        if option.choice is not None
+    }
+    assert len(unfitted) == 3
+    before = bench._divergence(Network(unfitted))
+    assert 0 < candidate.divergence < before
+    fresh = {"x": images(400, 77).transpose(0, 3, 1, 2)}
+    wanted = outputs(bench.task.model, fresh)
+
+    def away(network: Network) -> float:
+        return divergence(bench.task.loss, [[wanted]], [[outputs(build(bench.task, network), fresh)]])
+
+    assert away(candidate.network) < away(Network(unfitted)), "inputs that no refit has seen agree"
+
+
+def test_divergence_is_zero_for_the_original_and_grows_with_the_error(bench: Workbench) -> None:
+    whole = {name: own.whole for name, own in bench._original.items()}
+    assert bench.realize(None, whole, "whole").divergence == 0.0
+    found = [bench.realize(None, some_choices(bench, error=error), "plan").divergence for error in (0.6, 0.2, 0.03)]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] > 0
+
+
+def test_sensitivities_are_positive_for_every_layer_and_rank_them(bench: Workbench) -> None:
+    found = bench.sensitivities(None)
+    assert list(found) == [layer.name for layer in bench.task.layers]
+    assert all(value > 0 and np.isfinite(value) for value in found.values())
+    for name, own in bench._original.items():
+        option = min((o for o in own.options if o.choice), key=lambda o: abs(o.loss - workbench.SENSITIVITY_ERROR))
+        assert option.choice is not None
+        alone = bench._divergence(Network({name: own.factors(option.choice)}))
+        assert alone / option.loss == pytest.approx(found[name], rel=0.5)
+
+
+def test_making_a_candidate_twice_gives_the_same(bench: Workbench, candidate: Candidate) -> None:
+    again = bench.realize(None, candidate.choices, "plan")
+    assert (again.cost, again.divergence) == (candidate.cost, candidate.divergence)
+    np.testing.assert_array_equal(
+        outputs(build(bench.task, again.network)), outputs(build(bench.task, candidate.network))
+    )
+
+
+def test_challenged_plans_cost_no_more(bench: Workbench, candidate: Candidate) -> None:
+    swapped = bench.challenged(candidate.choices)
+    assert swapped.keys() == candidate.choices.keys()
+    for name, option in swapped.items():
+        assert option.cost <= candidate.choices[name].cost
+        assert option.loss <= candidate.choices[name].loss
+
+
+# --- measuring ------------------------------------------------------------------------------------------
+
+
+def test_the_original_drops_by_exactly_nothing(bench: Workbench) -> None:
+    whole = {name: own.whole for name, own in bench._original.items()}
+    drop = bench.measured(bench.realize(None, whole, "whole")).drop
+    assert drop is not None
+    assert (drop.value, drop.standard_error) == (0.0, 0.0)
+
+
+def test_the_drop_is_that_of_the_deployable_graph_on_the_deciding_images(bench: Workbench) -> None:
+    rough = bench.measured(bench.realize(None, some_choices(bench, error=0.5), "rough"))
+    task = bench.task
+    assert rough.drop is not None
+    right = []
+    for batch in task.select.batches(1000):
+        assert batch.targets is not None
+        own = outputs(build(task, rough.network), batch.inputs).argmax(axis=1) == batch.targets
+        right.append(own)
+    share = float(np.mean(np.concatenate(right)))
+    assert rough.drop.value == pytest.approx(100 * (1 - share)), "labels are the original's own answers"
+    assert rough.drop.value > 0
+
+
+# --- training -------------------------------------------------------------------------------------------
+
+
+def test_training_changes_the_network_for_the_better(
+    bench: Workbench, candidate: Candidate, trained: Candidate
+) -> None:
+    assert not bench.warnings
+    assert trained.trained > 0
+    assert (trained.cost, trained.choices) == (candidate.cost, candidate.choices)
+    before, after = (outputs(build(bench.task, own.network)) for own in (candidate, trained))
+    assert np.abs(after - before).max() > 1e-3
+    assert bench._divergence(trained.network) < candidate.divergence
+    (record,) = (tune for tune in bench.fine_tunes if tune.name == "trained")
+    assert record.last_loss < record.first_loss
+    assert record.steps > 10
+
+
+def test_training_leaves_what_is_excluded_and_what_is_factorized(
+    bench: Workbench, candidate: Candidate, trained: Candidate
+) -> None:
+    built = build(bench.task, trained.network)
+    check(built, "trained")
+    for name in ("w2", "b2"):
+        np.testing.assert_array_equal(arrays(built)[name], arrays(bench.task.model)[name])
+    before, after = (arrays(build(bench.task, own.network)) for own in (candidate, trained))
+    assert before.keys() == after.keys()
+    assert all(before[name].shape == after[name].shape for name in before)
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert {name for name in before if "/" in name} <= moved, "every stage and bias of every chain is trained"
+    for name, own in trained.network.factors.items():
+        assert (own.form, own.ranks) == (candidate.network.factors[name].form, candidate.network.factors[name].ranks)
+
+
+def test_a_layer_left_whole_is_trained_too(bench: Workbench, candidate: Candidate) -> None:
+    choices = {**candidate.choices, "second": bench._original["second"].whole}
+    found = bench.trained(bench.realize(None, choices, "partly"), 1.0, "partly")
+    assert found is not None
+    assert {"w1", "b1"} <= set(found.network.arrays)
+    built = arrays(build(bench.task, found.network))
+    assert not np.array_equal(built["w1"], arrays(bench.task.model)["w1"])
+
+
+def test_the_deployable_and_the_batched_graph_compute_the_same(bench: Workbench, trained: Candidate) -> None:
+    one, many = (build(bench.task, trained.network, batched) for batched in (False, True))
+    np.testing.assert_array_equal(outputs(one), outputs(many))
+
+
+def test_options_from_a_trained_network_start_at_its_own_chains(bench: Workbench, trained: Candidate) -> None:
+    options, rest = bench.options(trained)
+    assert rest == bench.task.rest
+    for name, own in options.items():
+        factors = trained.network.factors[name]
+        itself = max(own, key=lambda option: option.cost)
+        assert itself.choice == Choice(factors.form, factors.ranks)
+        assert itself.loss == 0.0
+        assert itself.cost == trained.choices[name].cost
+        assert len(own) > 1
+        assert all(option.choice is not None and option.choice.form == factors.form for option in own)
+    unchanged = {name: max(own, key=lambda option: option.cost) for name, own in options.items()}
+    same = bench.realize(trained, unchanged, "unchanged")
+    assert same.cost == trained.cost
+    assert same.trained == trained.trained
+
+
+def test_truncating_trained_weights_is_nearer_than_starting_anew(bench: Workbench, trained: Candidate) -> None:
+    options, _ = bench.options(trained)
+    choices = {
+        name: max((o for o in own if o.cost <= 0.9 * trained.choices[name].cost), key=lambda o: o.cost, default=own[0])
+        for name, own in options.items()
+    }
+    smaller = bench.realize(trained, choices, "smaller")
+    assert smaller.cost < trained.cost
+    assert smaller.trained == trained.trained
+    np.testing.assert_array_equal(
+        arrays(build(bench.task, smaller.network))["b2"], arrays(bench.task.model)["b2"]
+    )
+    anew = bench.realize(None, choices, "anew")
+    assert smaller.cost == anew.cost
+    assert smaller.divergence < 1.5 * anew.divergence
+
+
+def test_a_layer_whole_in_a_trained_network_is_refactored_from_its_trained_weight(
+    bench: Workbench, candidate: Candidate
+) -> None:
+    choices = {**candidate.choices, "second": bench._original["second"].whole}
+    source = bench.trained(bench.realize(None, choices, "partly"), 1.0, "partly")
+    assert source is not None
+    fitted = bench._fitted(source)["second"]
+    np.testing.assert_array_equal(fitted.layer.weight, source.network.arrays["w1"])
+    np.testing.assert_array_equal(fitted.layer.bias, source.network.arrays["b1"])
+    assert fitted.whole in fitted.options
+
+
+def test_a_training_that_fails_is_none_with_a_warning(
+    bench: Workbench, candidate: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = list(bench.warnings)
+    monkeypatch.setattr(workbench, "LEARNING_RATE", np.inf)
+    assert bench.trained(candidate, 0.5, "broken") is None
+    (warning,) = bench.warnings[len(before) :]
+    assert warning.startswith("broken: ")
+    assert "loss became nan" in warning or "not finite" in warning
+    assert "\n" not in warning
+    del bench.warnings[len(before) :]
+
+
+def test_a_training_that_makes_it_worse_is_taken_back(
+    task: Task, candidate: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workbench, "LEARNING_RATE", 3.0)
+    judged = Workbench(dataclasses.replace(task, stop=task.select), 60.0, images=64)
+    found = judged.trained(candidate, 0.5, "worse")
+    assert found is not None
+    assert found.network is candidate.network
+    assert "validation share fell" in judged.warnings[0]
+    without = Workbench(task, 60.0, images=64)
+    assert task.stop is None
+    kept = without.trained(candidate, 0.5, "worse")
+    assert kept is not None
+    assert kept.network is not candidate.network
+
+
+def test_labels_are_used_where_they_are_wanted(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    original = workbench.finetune.Trainer.step
+
+    def step(self: Any, own: Any, rate: float) -> float:
+        seen.append(own.labels is not None)
+        return original(self, own, rate)
+
+    monkeypatch.setattr(workbench.finetune.Trainer, "step", step)
+    for labels in (True, False):
+        seen.clear()
+        bench = Workbench(dataclasses.replace(task, labels=labels), 60.0, images=64)
+        made = bench.realize(None, some_choices(bench), "plan")
+        assert bench.trained(made, 0.2, "labels") is not None
+        assert seen
+        assert all(value is labels for value in seen)
+
+
+def test_a_copy_that_computes_something_else_stops_the_run(
+    bench: Workbench, candidate: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(model: ModelProto, batch: int) -> ModelProto:
+        copy = training_copy.training_copy(model, batch)
+        factors = candidate.network.factors["first"]
+        stages = tuple(Stage(1.1 * stage.weight, stage.groups) for stage in factors.stages)
+        changed = {**candidate.network.factors, "first": dataclasses.replace(factors, stages=stages)}
+        held = arrays(build(bench.task, Network(changed), batched=True))
+        return workbench.with_arrays(copy, {name: held[name] for name in held if name.startswith("first/")})
+
+    monkeypatch.setattr(workbench, "training_copy", wrong)
+    with pytest.raises(TrainingError, match="differs"):
+        bench.trained(candidate, 0.5, "wrong copy")
