@@ -67,7 +67,8 @@ def vgg19(seed: int = 0, classes: int = 10) -> ModelProto:
 
 def _he(generator: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Normal values of variance `2 / fan-in`."""
-    return generator.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / np.prod(shape[1:])))
+    scale = np.float32(np.sqrt(2 / np.prod(shape[1:])))
+    return np.asarray(generator.standard_normal(shape, np.float32) * scale, np.float32)
 
 
 def _batch_normalization(

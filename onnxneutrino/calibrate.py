@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxneutrino.factors import Moments
-from onnxneutrino.moments import MomentSum
+from onnxneutrino.moments import BLOCK, MomentSum
 from onnxneutrino.plan import Array, Geometry, Layer
 
 Run = Callable[[Mapping[str, NDArray[Any]]], list[NDArray[Any]]]
@@ -111,7 +111,10 @@ def calibrate(
     def add(layer: Layer, tensor: NDArray[Any], size: int) -> None:
         per_example = math.ceil(ROWS_PER_DIMENSION * _dimension(layer) / examples)
         positions = sample_positions(layer, size, per_example, seed + done)
-        sums[layer.name].add(patches(layer, layer.geometry, tensor, positions))
+        step = max(1, BLOCK // positions.shape[1])  # a batch's patches at once may take hundreds of megabytes
+        for start in range(0, size, step):
+            part = slice(start, start + step)
+            sums[layer.name].add(patches(layer, layer.geometry, tensor[part], positions[part]))
 
     with ThreadPoolExecutor(threads) as pool:
         for batch in batches:

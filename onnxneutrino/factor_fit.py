@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.linalg
@@ -161,7 +161,7 @@ def balanced(stages: Sequence[Stage]) -> list[Stage]:
     ]
 
 
-def stage(weight: Double, groups: int = 1) -> Stage:
+def stage(weight: NDArray[Any], groups: int = 1) -> Stage:
     """A stage with the float32 weight `(O, I/groups, kh, kw)`."""
     return Stage(np.asarray(weight, np.float32), groups)
 

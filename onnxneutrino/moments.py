@@ -58,7 +58,7 @@ class MomentSum:
 
     def _square(self) -> None:
         """Turn the rows that wait into their `D × D` sum, many at once: the sum is dear to touch."""
-        rows = np.concatenate(self._rows)
+        rows = self._rows[0] if len(self._rows) == 1 else np.concatenate(self._rows)
         square = rows.T @ rows
         if self._sum is None:
             self._sum = square

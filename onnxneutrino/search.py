@@ -232,7 +232,7 @@ def _proposal(
     options, rest = bench.options(source)
     weights = bench.sensitivities(source)
     own_options = {layer: {option.choice: option for option in own} for layer, own in options.items()}
-    plans: list[Mapping[str, Option]] = []
+    plans: list[dict[str, Option]] = []
     for power in weightings:
         weighted = {
             layer: [dataclasses.replace(o, loss=o.loss * weights[layer] ** power) for o in own]

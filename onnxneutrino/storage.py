@@ -198,7 +198,7 @@ def save(model: ModelProto, path: Path, external: bool) -> None:
     """Write the model in one piece: afterwards `path` is the old file or the whole new one, never a part.
 
     With external data the weights lie in `<name>.<digest>.data` beside it, which is complete before the model
-    that refers to it appears; data of an earlier model of this name is removed last.
+    that refers to it appears; the data of the model that was there is removed last.
 
     Raises:
         OutputError: the disk or the system refuses.
@@ -213,11 +213,11 @@ def save(model: ModelProto, path: Path, external: bool) -> None:
             model, data = _save_data(model, path, made)
         _write(temporary, [model.SerializeToString(deterministic=True)])
         written = True
+        old = _data_of(path)
         os.replace(temporary, path)
         _sync_folder(path.parent)
-        old = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.data")
-        for file in path.parent.iterdir():
-            if old.fullmatch(file.name) and file != data:
+        for file in old:
+            if file != data:
                 file.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -228,7 +228,21 @@ def save(model: ModelProto, path: Path, external: bool) -> None:
                 file.unlink(missing_ok=True)
 
 
-def _save_data(model: ModelProto, path: Path, made: list[Path]) -> tuple[ModelProto, Path]:
+def _data_of(path: Path) -> set[Path]:
+    """The data files that the model at `path` reads and an earlier `save` to this name wrote; none without a model.
+
+    Data that only looks like it may belong to a model that was renamed since.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception:  # no file, or not a model: nothing of ours
+        return set()
+    ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.data")
+    outside = (ExternalDataInfo(tensor).location for tensor in tensors(model) if uses_external_data(tensor))
+    return {path.with_name(location) for location in outside if ours.fullmatch(location)}
+
+
+def _save_data(model: ModelProto, path: Path, made: list[Path]) -> tuple[ModelProto, Path | None]:
     copy = copied(model)
     offset, digest = 0, hashlib.sha256()
     chunks: list[bytes] = []
@@ -246,6 +260,8 @@ def _save_data(model: ModelProto, path: Path, made: list[Path]) -> tuple[ModelPr
             digest.update(chunks[-1])
             moved.append((tensor, offset, length))
             offset += length
+    if not moved:
+        return copy, None
     data = path.with_name(f"{path.name}.{digest.hexdigest()[:16]}.data")
     for tensor, start, length in moved:
         set_external_data(tensor, data.name, start, length)

@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from threadpoolctl import threadpool_limits
 
 ROOT = Path(__file__).resolve().parent.parent
 # `python -m pytest` puts the checkout on the path, where onnxneutrino/ lies without its passes.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 SHARED = ROOT.parent / "shared"
+# As in a run: threads of the linear algebra libraries that wait for each other cost more than they save here.
+threadpool_limits(limits=1, user_api="blas")
 
 
 @pytest.fixture(scope="session")

@@ -44,8 +44,7 @@ def tasks(draw: st.DrawFn) -> tuple[Options, dict[str, Option], float]:
     for layer in range(draw(st.integers(1, 4))):
         costs = draw(st.lists(st.integers(1, 50), min_size=1, max_size=6))
         options[f"layer{layer}"] = [
-            Option(Choice("svd", (index + 1,)), float(cost), draw(st.floats(0, 10)))
-            for index, cost in enumerate(costs)
+            Option(Choice("svd", (index + 1,)), float(cost), draw(st.floats(0, 10))) for index, cost in enumerate(costs)
         ]
     start = {name: draw(st.sampled_from(own)) for name, own in options.items()}
     budget = float(draw(st.integers(0, 150)))

@@ -226,6 +226,14 @@ def test_external_data_in_and_out() -> None:
     assert any(tensor.external_data for tensor in onnx.load("out.onnx", load_external_data=False).graph.initializer)
     np.testing.assert_array_equal(tensors["w3"], ARRAYS["w3"])
 
+    # A model renamed since keeps its data, what the next one writes beside it or not.
+    Path("out.onnx").rename("kept.onnx")
+    Path("out.report.json").unlink()
+    compressed("--data", "data.npz", "--layout", "NHWC", model="ext.onnx")
+    assert any(
+        np.array_equal(numpy_helper.to_array(own), ARRAYS["w3"]) for own in onnx.load("kept.onnx").graph.initializer
+    )
+
 
 @pytest.mark.parametrize("data", ["bare.npz", "random"])
 def test_without_labels_the_metric_is_agreement(data: str) -> None:

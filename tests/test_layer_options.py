@@ -38,12 +38,13 @@ def layer(shape: tuple[int, int, int, int] = (24, 12, 3, 3), kind: Kind = "conv2
 
 def rows_of(own: Layer) -> Array:
     size = own.weight[0].size
-    return normal(ROWS, size, seed=2) @ (normal(size, size, seed=3) / np.arange(1, size + 1, dtype=np.float32)) + 0.3
+    mixing = normal(size, size, seed=3) / np.arange(1, size + 1)
+    return np.asarray(normal(ROWS, size, seed=2) @ mixing + 0.3, np.float32)
 
 
 def moments(own: Layer) -> Moments:
     total = MomentSum(own.weight[0].size)
-    total.add(np.asarray(rows_of(own), np.float32))
+    total.add(rows_of(own))
     return total.moments()
 
 

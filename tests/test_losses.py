@@ -39,7 +39,7 @@ def in_graph(model: ModelProto, loss: Loss, x: NDArray[np.float32], targets: dic
 
 def log_softmax(z: NDArray[np.floating]) -> NDArray[np.float64]:
     z = np.asarray(z, np.float64)
-    return z - np.log(np.sum(np.exp(z), axis=-1, keepdims=True))
+    return np.asarray(z - np.log(np.sum(np.exp(z), axis=-1, keepdims=True)))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -103,4 +103,4 @@ def test_initializers_listed_as_inputs_are_no_inputs_of_the_loss() -> None:
 
 def test_softmax_holds_large_logits() -> None:
     found = softmax(np.array([[1e4, 0.0, -1e4], [-1e4, -1e4, -1e4]], np.float32))
-    np.testing.assert_allclose(found, [[1, 0, 0], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-6)
+    np.testing.assert_allclose(found, np.array([[1, 0, 0], [1 / 3, 1 / 3, 1 / 3]]), rtol=1e-6)

@@ -90,9 +90,7 @@ def test_the_held_out_error_never_rises(
     weight = truth + off * normal(outputs, size, seed=seed + 4)
     solved = refit(z, y, weight, bias)
     last = slice(rows - held_out(rows), None)
-    before, after = (
-        squared(z[last], y[last], w, b) for w, b in ((weight, bias), (solved.weight, solved.bias))
-    )
+    before, after = (squared(z[last], y[last], w, b) for w, b in ((weight, bias), (solved.weight, solved.bias)))
     assert solved.error_before == pytest.approx(before, rel=1e-3, abs=1e-6)
     assert solved.error_after == pytest.approx(after, rel=1e-3, abs=1e-6)
     assert solved.error_after <= solved.error_before

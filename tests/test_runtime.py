@@ -75,7 +75,7 @@ def test_wrong_inputs_are_one_line(inputs: dict[str, np.ndarray], words: str) ->
 
 def test_a_model_the_runtime_does_not_know_is_one_line() -> None:
     text = '<ir_version: 8, opset_import: ["" : 17]> net (float[2] x) => (float[2] y) { y = NoSuchOperator (x) }'
-    with pytest.raises(ModelError, match="cannot load the model.*NoSuchOperator") as caught:
+    with pytest.raises(ModelError, match=r"cannot load the model.*NoSuchOperator") as caught:
         Runner(parse_model(text))
     assert "\n" not in str(caught.value)
 
@@ -112,8 +112,16 @@ def test_types_that_inference_cannot_know_are_seen_by_running() -> None:
     text = """
         <ir_version: 8, opset_import: ["" : 17]>
         net (float[N,4] x) => (float[A,B] y)
-        { t = Cast <to = 7> (x)  s = ReduceMax <axes = [0], keepdims = 0> (t)  e = Constant <value = int64[4] {2,1,1,1}> ()
-          r = Add (s, e)  v = Expand (x, r)  u = Relu (v)  w = Flatten (u)  y = Relu (w) }
+        {
+            t = Cast <to = 7> (x)
+            s = ReduceMax <axes = [0], keepdims = 0> (t)
+            e = Constant <value = int64[4] {2,1,1,1}> ()
+            r = Add (s, e)
+            v = Expand (x, r)
+            u = Relu (v)
+            w = Flatten (u)
+            y = Relu (w)
+        }
     """
     model = parse_model(text)
     known = tensor_types(model, {"x": (1, 4)})

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -166,7 +167,7 @@ class FakeBench:
             ranks[min(fits, key=price)] -= 1
 
 
-def wishes(**changes: object) -> Settings:
+def wishes(**changes: Any) -> Settings:
     own = Settings(delta=1.0, z=Z, stage=2, time_limit=LIMIT, train=True, dry_run=False, seed=0)
     return dataclasses.replace(own, **changes)
 
@@ -186,7 +187,7 @@ def smallest(tried: Sequence[Candidate], own: Settings) -> Candidate:
     return min(good, key=lambda candidate: candidate.cost)
 
 
-BENCHES = {
+BENCHES: dict[str, dict[str, Any]] = {
     "usual": {},
     "gentle": {"slope": 8.0},
     "steep": {"slope": 300.0},

@@ -9,7 +9,7 @@ from onnx import ModelProto, numpy_helper
 from onnx.parser import parse_model
 
 from onnxneutrino.errors import TrainingError
-from onnxneutrino.finetune import Example, Trainer
+from onnxneutrino.finetune import Example, Trainer, consumed, untrainable
 from onnxneutrino.graph import arrays, opset, with_arrays
 from onnxneutrino.losses import Loss
 from onnxneutrino.runtime import Runner
@@ -28,10 +28,17 @@ TAIL = """
 """
 BODIES = {
     "clip attributes": (7, 10, "n = Clip <min = -0.5, max = 0.7> (c)"),
-    "clip inputs": (11, 12, "low = Constant <value = float {-0.5}> () high = Constant <value = float {0.7}> ()"
-     " n = Clip (c, low, high)"),
-    "clip with one bound": (11, 13, 'low = Constant <value = float {0.1}> () n = Clip (c, low)'),
-    "batch normalization 7": (7, 8, "r = Tanh (c) n = BatchNormalization <epsilon = 0.01> (r, gamma, offset, mean, var)"),
+    "clip inputs": (
+        11,
+        12,
+        "low = Constant <value = float {-0.5}> () high = Constant <value = float {0.7}> () n = Clip (c, low, high)",
+    ),
+    "clip with one bound": (11, 13, "low = Constant <value = float {0.1}> () n = Clip (c, low)"),
+    "batch normalization 7": (
+        7,
+        8,
+        "r = Tanh (c) n = BatchNormalization <epsilon = 0.01> (r, gamma, offset, mean, var)",
+    ),
     "batch normalization 9": (9, 13, "r = Tanh (c) n = BatchNormalization (r, gamma, offset, mean, var)"),
     "dropout": (7, 11, "r = Tanh (c) n = Dropout <ratio = 0.5> (r)"),
     "dropout 12": (12, 13, "r = Tanh (c) p = Constant <value = float {0.5}> () n = Dropout (r, p)"),
@@ -39,10 +46,18 @@ BODIES = {
     "squeeze attributes": (7, 12, "r = Tanh (c) u = Unsqueeze <axes = [1]> (r) n = Squeeze <axes = [1]> (u)"),
     "reduce sum attribute": (7, 12, "m = ReduceSum <axes = [2], keepdims = 1> (c) t = Tanh (m) n = Mul (c, t)"),
     "softmax over flattened axes": (7, 12, "r = Softmax <axis = 1> (c) n = Mul (r, c)"),
-    "split and slice attributes": (7, 9, "a, b = Split <axis = 1, split = [1, 3]> (c) k = Concat <axis = 1> (b, a)"
-     " z = Slice <axes = [2], starts = [0], ends = [3]> (k) n = Tanh (z)"),
-    "max pool and average pool": (7, 13, "p = MaxPool <kernel_shape = [2,2]> (c)"
-     " n = AveragePool <kernel_shape = [3,3], pads = [1,1,1,1], count_include_pad = 1> (p)"),
+    "split and slice attributes": (
+        7,
+        9,
+        "a, b = Split <axis = 1, split = [1, 3]> (c) k = Concat <axis = 1> (b, a)"
+        " z = Slice <axes = [2], starts = [0], ends = [3]> (k) n = Tanh (z)",
+    ),
+    "max pool and average pool": (
+        7,
+        13,
+        "p = MaxPool <kernel_shape = [2,2]> (c)"
+        " n = AveragePool <kernel_shape = [3,3], pads = [1,1,1,1], count_include_pad = 1> (p)",
+    ),
 }
 CASES = [(name, version) for name, (first, last, _) in BODIES.items() for version in sorted({first, last})]
 
@@ -140,12 +155,12 @@ def test_initializers_keep_their_names_and_values() -> None:
 def test_a_copy_that_computes_something_else_is_refused() -> None:
     model = net("n = Relu (c)", 13)
     copy = training_copy(model, BATCH)
-    wrong = with_arrays(copy, {"w1": 1.01 * arrays(copy)["w1"]})
+    wrong = with_arrays(copy, {"w1": np.full((4, 4, 1, 1), 0.1, np.float32)})
     check_training_copy(model, copy, inputs(), 1)
     with pytest.raises(TrainingError, match=r"output 'y' .* differs") as caught:
         check_training_copy(model, wrong, inputs(), 1)
     assert "\n" not in str(caught.value)
-    broken = with_arrays(copy, {"w1": np.nan * arrays(copy)["w1"]})
+    broken = with_arrays(copy, {"w1": np.full((4, 4, 1, 1), np.nan, np.float32)})
     with pytest.raises(TrainingError, match="differs"):
         check_training_copy(model, broken, inputs(), 1)
 
@@ -157,4 +172,78 @@ def test_an_operator_that_cannot_be_converted_is_named() -> None:
     """
     with pytest.raises(TrainingError, match=r"NoSuchOperator.*--trainer none") as caught:
         training_copy(parse_model(text), BATCH)
+    assert "\n" not in str(caught.value)
+
+
+# --- what can be trained in a copy
+
+
+def drawn(text: str) -> ModelProto:
+    """The model with every declared tensor that has no value drawn at random, nodes named by operator and place."""
+    model = parse_model('<ir_version: 8, opset_import: ["" : 17]>' + text)
+    rng = np.random.default_rng(0)
+    for value in model.graph.value_info:
+        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape, np.float32), value.name))
+    del model.graph.value_info[:]
+    for index, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{index}"
+    return model
+
+
+@pytest.mark.parametrize("operator", ["Elu", "HardSwish", "Softplus"])
+def test_an_operator_without_gradient_is_refused_only_where_a_gradient_must_pass(operator: str) -> None:
+    text = """
+        net (float[N,4] x) => (float[N,4] y) <float[4,4] w0, float[4,4] w1>
+        { a = MatMul (x, w0)  b = OPERATOR (a)  y = MatMul (b, w1) }
+    """
+    model = training_copy(drawn(text.replace("OPERATOR", operator)), BATCH)
+    assert untrainable(model, ["w0", "w1"], ["y"]) == [(f"{operator}_1", operator)]
+    with pytest.raises(TrainingError, match=rf"node '{operator}_1'.*{operator}") as caught:
+        Trainer(model, ["w0", "w1"], VALUES, 1)
+    assert "\n" not in str(caught.value)
+    assert untrainable(model, ["w1"], ["y"]) == []
+    own = Example({"x": np.ones((BATCH, 4), np.float32)}, [np.zeros((BATCH, 4), np.float32)], None)
+    with Trainer(model, ["w1"], VALUES, 1) as trainer:
+        assert np.linalg.norm(trainer.gradients(own)["w1"]) > 0
+        assert trainer.trainable == ["w1"]
+
+
+def test_what_the_loss_does_not_depend_on_is_neither_refused_nor_trained() -> None:
+    text = """
+        net (float[N,4] x) => (float[N,4] y, float[N,4] z) <float[4,4] w0, float[4,4] w1>
+        { y = MatMul (x, w0)  a = MatMul (y, w1)  z = Elu (a) }
+    """
+    model = training_copy(drawn(text), BATCH)
+    assert untrainable(model, ["w0", "w1"], ["y"]) == []
+    assert untrainable(model, ["w0", "w1"], ["y", "z"]) == [("Elu_2", "Elu")]
+    assert consumed(model, ["w0", "w1"]) == ["w0", "w1"]
+    with Trainer(model, ["w0", "w1"], VALUES, 1) as trainer:
+        assert sorted(trainer.arrays()) == ["w0"]
+
+
+@pytest.mark.parametrize(
+    ("node", "right"),
+    [
+        ('Pad <mode = "constant"> (a, pads)', True),
+        ('Pad <mode = "reflect"> (a, pads)', False),
+        ("Pad (a, pads)", True),
+        ('Conv <auto_pad = "SAME_UPPER"> (a, w1)', False),
+        ('Conv <auto_pad = "VALID"> (a, w1)', True),
+        ("Conv (a, w1)", True),
+    ],
+)
+def test_attributes_decide_where_they_change_the_gradient(node: str, right: bool) -> None:
+    text = f"""
+        net (float[N,4,5,5] x) => (float[N,4,h,w] y)
+        <float[4,4,1,1] w0, float[4,4,3,3] w1, int64[8] pads = {{0,0,1,1,0,0,1,1}}>
+        {{ a = Conv (x, w0)  y = {node} }}
+    """
+    assert (untrainable(drawn(text), ["w0"], ["y"]) == []) is right
+
+
+def test_what_the_runtime_refuses_is_one_line_and_leaves_nothing() -> None:
+    model = training_copy(net("n = Relu (c)", 13), BATCH)
+    with pytest.raises(TrainingError, match="refuses the model") as caught:
+        Trainer(model, [], VALUES, 1)
     assert "\n" not in str(caught.value)
