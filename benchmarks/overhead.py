@@ -10,7 +10,6 @@ own, so that the peak memory is that of these phases. Inputs are random normal v
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import resource
 import subprocess
@@ -18,11 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from onnxneutrino import heap, metrics, prepare
 from onnxneutrino.allocate import Option, allocate
@@ -72,7 +73,7 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def measure(path: Path, output: Path, images: int, ratio: float) -> dict[str, Any]:
+def measure(path: Path, output: Path, images: int, ratio: float, metric_name: str) -> dict[str, Any]:
     """Run all phases in this process.
 
     Args:
@@ -80,9 +81,10 @@ def measure(path: Path, output: Path, images: int, ratio: float) -> dict[str, An
         output: where the factorized one is written.
         images: calibration inputs.
         ratio: how many times fewer parameters to allocate for.
+        metric_name: `agreement`; or `mse`, for which the curvature of a classifier's outputs is not measured.
     """
     watch = Phases()
-    config = load_config(None, {"data": "random", "metric": "agreement", "validation": 0.0})
+    config = load_config(None, {"data": "random", "metric": metric_name, "validation": 0.0})
     with watch.phase("load"):
         source = load(path)
         opened = prepare.open_model(source.model, path.name, config)
@@ -96,12 +98,20 @@ def measure(path: Path, output: Path, images: int, ratio: float) -> dict[str, An
         fits: Mapping[str, LayerOptions] = bench._original
     units = {layer.name: cost_unit(layer, config.objective) for layer in marked.layers}
     points: dict[str, list[Point]] = {layer.name: [] for layer in marked.layers}
-    for name, own in fits.items():
-        for form in (form for form in own.fits if form != "cp"):
-            with watch.phase(f"fit {form}"):
-                points[name].extend(candidates(own.layer, {form: own.fits[form]}))
-        for fit in own.fits.values():
-            fit.release()
+
+    def fit(name: str) -> dict[str, float]:
+        """All forms of a layer but CP: as `LayerOptions.options`, form by form; processor seconds of each."""
+        own, spent = fits[name], dict[str, float]()
+        for form in (form for form in FORMS[:-1] if form in own.fits):
+            start = time.thread_time()
+            points[name].extend(candidates(own.layer, {form: own.fits[form]}))
+            spent[form] = time.thread_time() - start
+        for each in own.fits.values():
+            each.release()
+        return spent
+
+    with watch.phase("fit all forms but cp"), ThreadPoolExecutor(config.threads) as pool:
+        spent = list(pool.map(fit, fits))
     with watch.phase("allocate"):
         budget = bench.full_cost / ratio - task.rest
         plans = {"all": allocate({name: options(tuple(points[name]), units[name]) for name in points}, budget)}
@@ -114,11 +124,9 @@ def measure(path: Path, output: Path, images: int, ratio: float) -> dict[str, An
             plans[form] = allocate(chosen, budget)
     with watch.phase("cp where considered"):
         best = bench.challenged(plans["all"])
-    made: dict[str, int] = {}
-    for form, plan in plans.items():
-        with watch.phase(f"factors, {form}"):
-            made[form] = len(_factors(fits, plan))
-    factors = _factors(fits, best)
+    with watch.phase("factors of every plan"):
+        made = {form: len(_factors(fits, plan)) for form, plan in plans.items()}
+        factors = _factors(fits, best)
     with watch.phase("write"):
         save(build(task, Network(factors)), output, source.external)
     return {
@@ -129,6 +137,7 @@ def measure(path: Path, output: Path, images: int, ratio: float) -> dict[str, An
         "params_allocated": int(sum(option.cost for option in best.values()) + task.rest),
         "chains": made,
         "phases": watch.rows,
+        "fit_cpu_seconds": {form: sum(own.get(form, 0.0) for own in spent) for form in FORMS[:-1]},
     }
 
 
@@ -158,7 +167,8 @@ def table(result: Mapping[str, Any]) -> str:
         f"| {row['phase']} | {row['seconds']:.2f} | {row['cpu_seconds']:.2f} | {row['peak_bytes'] / 1e6:.0f} |"
         for row in result["phases"]
     )
-    return "\n".join(lines)
+    shares = ", ".join(f"{form} {seconds:.1f}" for form, seconds in result["fit_cpu_seconds"].items())
+    return "\n".join([*lines, "", f"Processor seconds of the fits: {shares}."])
 
 
 def main() -> None:
@@ -167,12 +177,15 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--ratio", type=float, default=10.0, help="how many times fewer parameters to allocate for")
+    parser.add_argument("--metric", choices=("agreement", "mse"), default="agreement", help="mse: no curvature")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON too; - for standard output")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
         heap.return_large_blocks()  # as the command line does
-        print(json.dumps(measure(arguments.model, arguments.child, arguments.images, arguments.ratio)))
+        with threadpool_limits(limits=1, user_api="blas"):  # as `compress` does
+            result = measure(arguments.model, arguments.child, arguments.images, arguments.ratio, arguments.metric)
+        print(json.dumps(result))
         return
     with tempfile.TemporaryDirectory() as folder:
         output = str(Path(folder, "out.onnx"))

@@ -50,9 +50,7 @@ def vgg19(seed: int = 0, classes: int = 10) -> ModelProto:
     arrays["head.weight"] = _he(generator, (classes, channels))
     arrays["head.bias"] = np.zeros(classes, np.float32)
     nodes.append(helper.make_node("Flatten", [source], ["features"], "flatten", axis=1))
-    nodes.append(
-        helper.make_node("Gemm", ["features", "head.weight", "head.bias"], ["logits"], "head", transB=1)
-    )
+    nodes.append(helper.make_node("Gemm", ["features", "head.weight", "head.bias"], ["logits"], "head", transB=1))
     graph = helper.make_graph(
         nodes,
         "vgg19",
@@ -89,7 +87,7 @@ def _batch_normalization(
 
 def main() -> None:
     """Write the file and print its number of parameters."""
-    parser = argparse.ArgumentParser(description="Write a VGG-19 for 32×32 inputs with random weights.")
+    parser = argparse.ArgumentParser(description="Write a VGG-19 for 32x32 inputs with random weights.")
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--classes", type=int, default=10)

@@ -20,11 +20,9 @@ from onnxneutrino import cost, metrics, prepare
 from onnxneutrino.candidates import Point
 from onnxneutrino.config import Config
 from onnxneutrino.data import Dataset, Deciding, Inputs, deciding
-from onnxneutrino.errors import ModelError, OutputError, TrainingError
-from onnxneutrino.finetune import untrainable
+from onnxneutrino.errors import ModelError, OutputError
 from onnxneutrino.formats import format_metric, format_ratio
 from onnxneutrino.graph import TensorType, check, check_writable, fixed_shapes, load, save
-from onnxneutrino.graph import arrays as graph_arrays
 from onnxneutrino.layer_options import cost_unit
 from onnxneutrino.normalize import normalize
 from onnxneutrino.passes.find_layers import find_layers
@@ -33,8 +31,7 @@ from onnxneutrino.report import CandidateRow, Event, Report
 from onnxneutrino.runtime import Runner, random_inputs, runtime_conflict
 from onnxneutrino.search import Candidate, Settings, accepted, search
 from onnxneutrino.summary import Chosen, candidate_row, make_report, with_file_size
-from onnxneutrino.task import Marked, Task, build
-from onnxneutrino.training_copy import training_copy
+from onnxneutrino.task import Marked, Task, build, check_trainable, trainable_initializers
 from onnxneutrino.workbench import Workbench
 
 Tell = Callable[[Event], None]
@@ -192,7 +189,7 @@ def candidate_line(candidate: Candidate, ok: bool, full_cost: float) -> str:
 
 def mark(opened: prepare.Opened, samples: Sequence[Inputs], config: Config) -> Marked:
     """Normalize the graph, free its batch and list its layers."""
-    model, notes = normalize(opened.model, samples, lambda graph, inputs: Runner(graph, threads=config.threads)(inputs))
+    model, notes = normalize(opened.model, samples, _runs(config.threads))
     types = prepare.types_of(model, opened.shapes)
     found = find_layers(model, types, config.exclude, config.only)
     batched, freed = prepare.free(model, samples, config.threads)
@@ -207,6 +204,19 @@ def mark(opened: prepare.Opened, samples: Sequence[Inputs], config: Config) -> M
         order=tuple(layer.name for layer in found),
         freed=freed,
     )
+
+
+def _runs(threads: int) -> Callable[[ModelProto, Inputs], list[NDArray[Any]]]:
+    """Run a graph on inputs; the session is kept until another graph comes, for building one takes longer."""
+    kept: list[tuple[ModelProto, Runner]] = []
+
+    def run(graph: ModelProto, inputs: Inputs) -> list[NDArray[Any]]:
+        if not kept or kept[0][0] is not graph:
+            kept.clear()
+            kept.append((graph, Runner(graph, threads=threads)))
+        return kept[0][1](inputs)
+
+    return run
 
 
 def make_task(
@@ -260,38 +270,6 @@ def total_cost(model: ModelProto, types: Mapping[str, TensorType], objective: st
     if objective in ("macs", "latency"):
         return float(cost.macs(model, types))
     return float(cost.params(model))
-
-
-def trainable_initializers(marked: Marked) -> list[str]:
-    """Float constants of linear layers, and of what is added or multiplied, except in layers the user left out."""
-    left_out = {layer.name for layer in marked.frozen if "--exclude" in layer.reason or "--only" in layer.reason}
-    names: dict[str, None] = {}
-    for node in marked.model.graph.node:
-        if node.name in left_out:
-            continue
-        if node.op_type in ("Conv", "Gemm"):
-            names.update(dict.fromkeys(node.input[1:]))
-        elif node.op_type in ("MatMul", "Add", "Mul"):
-            names.update(dict.fromkeys(node.input))
-    held = graph_arrays(marked.model)
-    return [name for name in names if name in held and held[name].dtype == np.float32 and held[name].size > 1]
-
-
-def check_trainable(task: Task) -> None:
-    """Refuse, before anything long, a network that cannot be fine-tuned.
-
-    Raises:
-        TrainingError: names the node and its operator.
-    """
-    copy = training_copy(task.batched, task.batch)
-    weights = [name for layer in task.layers for name in layer.initializers]
-    faults = untrainable(copy, [*weights, *task.trainable], task.loss.outputs)
-    if faults:
-        kinds = ", ".join(sorted({operator for _, operator in faults}))
-        raise TrainingError(
-            f"node '{faults[0][0]}': ONNX Runtime training has no right gradient for {kinds}; use "
-            "--trainer none (factors and refit, no fine-tuning)"
-        )
 
 
 def choose(

@@ -175,13 +175,20 @@ def top_eigenvectors(matrix: Double, count: int) -> tuple[Double, Double]:
 def cholesky(matrix: Double) -> Double:
     """Lower Cholesky factor of a symmetric matrix that is positive definite up to rounding.
 
+    The matrix is overwritten: at 4000 rows every copy would be 128 MB.
+
     Raises:
         ValueError: it is not, even with a hundredth of its mean eigenvalue added.
     """
-    mean = float(np.trace(matrix)) / len(matrix)
+    turned = np.ascontiguousarray(matrix).T  # in the order of LAPACK
+    diagonal = turned.diagonal().copy()
     for jitter in (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2):
-        shifted = matrix + jitter * mean * np.eye(len(matrix)) if jitter else matrix
-        factor, info = scipy.linalg.lapack.dpotrf(shifted, lower=1, clean=1)
+        np.fill_diagonal(turned, diagonal + jitter * diagonal.mean())
+        factor, info = scipy.linalg.lapack.dpotrf(turned, lower=1, clean=0, overwrite_a=1)
         if info == 0:
+            for column in range(1, len(factor)):
+                factor[:column, column] = 0
             return np.asarray(factor)
+        for column in range(len(turned) - 1):  # the upper triangle is as it was
+            turned[column + 1 :, column] = turned[column, column + 1 :]
     raise ValueError("the moments are not positive semidefinite")

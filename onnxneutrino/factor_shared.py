@@ -9,12 +9,13 @@ it is applied alike): `W[o, (f, t)]`, features `z = B x` with `B = V ⊗ I_T`, `
 
 The Cholesky factor `K` stands for `S^½`: both give the same `V`. Its rows are then made orthonormal from the
 first to the last, which changes no leading span, hence no fit, and makes `B Bᵀ = I`: float32 products are
-accurate, and Σ's ridge is one on `R`. Leading rows are the lower ranks, so that leading blocks of one `L` and
+accurate, and Σ's ridge is one on `R`. Leading rows are the lower ranks, so that leading blocks of one `L⁻¹` and
 one `Y` serve every rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,27 +32,33 @@ class Nested:
 
     Attributes:
         first: `V`, `(r, F)`, orthonormal rows, float32.
-        lower: `L`, `(r·T, r·T)`.
+        inverse: `L⁻¹`, `(r·T, r·T)`, lower triangular.
         whitened: `Y`, `(O, r·T)`.
         direct: `G^½WBᵀ`, `(O, r·T)`.
     """
 
     first: Array
-    lower: Double
+    inverse: Double
     whitened: Double
     direct: Array
 
     def last(self, block: int) -> Double:
         """`P` on the first `block` features, `(O, block)`."""
-        lower = self.lower[:block, :block]
-        solved = scipy.linalg.solve_triangular(lower, self.whitened[:, :block].T, trans="T", lower=True)
-        return np.ascontiguousarray(solved.T)
+        return np.asarray(self.whitened[:, :block] @ self.inverse[:block, :block])
+
+    def lasts(self, blocks: Sequence[int]) -> Iterator[Double]:
+        """`P` at rising `blocks`, each the one before with more terms: a view that the next one overwrites."""
+        total, done = np.zeros((len(self.whitened), blocks[-1])), 0
+        for block in blocks:
+            total[:, :block] += self.whitened[:, done:block] @ self.inverse[done:block, :block]
+            done = block
+            yield total[:, :block]
 
 
 class SharedFeatures:
     """Fits of one layer with a first stage on the axes `f`; solved on first use, again for a higher rank.
 
-    `L` at the highest ranks takes far more memory than all else of a layer (137 MB for 512×512×3×3), and is
+    `L⁻¹` at the highest ranks takes far more memory than all else of a layer (137 MB for 512×512×3×3), and is
     needed only while its errors are asked for: `release` forgets it, and keeps `V`, from which a fit at the
     rank of a plan takes a moment.
 
@@ -88,16 +95,20 @@ class SharedFeatures:
         """Forget what is large and can be computed again from `V`."""
         self._nested = None
 
-    def error(self, rank: int) -> float:
-        """`tr G (W - M)Σ(W - M)ᵀ` at `rank`.
+    def errors(self, ranks: Sequence[int]) -> list[float]:
+        """`tr G (W - M)Σ(W - M)ᵀ` at each of `ranks`.
 
         The fit minimises it on `Σ' = Σ + ρI`: there it is `tr GWΣ'Wᵀ - |Y|²`, of which the ridge's share,
         `ρ|G^½W - PB|²`, is taken away.
         """
-        nested, block = self.nested(rank), rank * self.taps
-        whitened, direct, last = nested.whitened[:, :block], nested.direct[:, :block], nested.last(block)
-        shrunk = float(2 * np.vdot(last, direct) - np.vdot(last, last))
-        return self.problem.energy - float(np.vdot(whitened, whitened)) + self.problem.ridge * shrunk
+        nested, rising = self.nested(max(ranks)), sorted(set(ranks))
+        gains = np.cumsum(np.einsum("ob,ob->b", nested.whitened, nested.whitened))
+        found = {}
+        for rank, last in zip(rising, nested.lasts([rank * self.taps for rank in rising]), strict=True):
+            block = last.shape[1]
+            shrunk = 2 * np.einsum("ob,ob->", last, nested.direct[:, :block]) - np.einsum("ob,ob->", last, last)
+            found[rank] = float(self.problem.energy - gains[block - 1] + self.problem.ridge * shrunk)
+        return [found[rank] for rank in ranks]
 
     def tap_moment(self) -> Double:
         """`S + ρI`, `(F, F)`."""
@@ -148,10 +159,13 @@ class SharedFeatures:
             inner = project(project(sigma).T).astype(np.float64)
         else:
             features = project(self._columns())
-            inner = (features @ features.T).astype(np.float64) / moments.count
+            product = features @ features.T
+            del features
+            inner = product.astype(np.float64)
+            del product
+            inner /= moments.count
         inner[np.diag_indices_from(inner)] += ridge
         direct = project(self._ordered(self.problem.target).T).T
         outer = project(self._ordered(self.problem.target_sigma).T).astype(np.float64) + ridge * direct.T
-        lower = cholesky(inner)
-        whitened = scipy.linalg.solve_triangular(lower, outer, lower=True)
-        return Nested(first, lower, np.ascontiguousarray(whitened.T), np.ascontiguousarray(direct))
+        inverse, _ = scipy.linalg.lapack.dtrtri(cholesky(inner), lower=1, overwrite_c=1)
+        return Nested(first, inverse, outer.T @ inverse.T, np.ascontiguousarray(direct))

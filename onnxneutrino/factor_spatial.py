@@ -46,8 +46,7 @@ class SharedFirst:
 
     def errors(self, grid: Sequence[tuple[int, ...]]) -> list[float]:
         """Relative squared output error at each rank of `grid`."""
-        self.features.nested(max(rank for (rank,) in grid))
-        return [self.problem.relative(self.features.error(rank)) for (rank,) in grid]
+        return [self.problem.relative(error) for error in self.features.errors([rank for (rank,) in grid])]
 
     def release(self) -> None:
         """Forget the features' fit; see `SharedFeatures`."""
@@ -67,4 +66,4 @@ class SharedFirst:
         first = nested.first[:rank].reshape(rank, inputs, *kernels[0])
         last = self.problem.unweighted(nested.last(rank * self.features.taps))
         stages = (stage(first), stage(last.reshape(outputs, rank, *kernels[1])))
-        return self.problem.chain(self.form, ranks, stages, self.features.error(rank))
+        return self.problem.chain(self.form, ranks, stages, self.features.errors([rank])[0])

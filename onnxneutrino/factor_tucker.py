@@ -32,8 +32,9 @@ class Tucker2:
 
     def errors(self, grid: Sequence[tuple[int, ...]]) -> list[float]:
         """Relative squared output error at each `(r1, r2)` of `grid`."""
-        self.features.nested(max(r1 for r1, _ in grid))
-        curves = {r1: self._truncated(r1)[0] for r1 in sorted({r1 for r1, _ in grid})}
+        rising = sorted({r1 for r1, _ in grid})
+        lasts = self.features.nested(rising[-1]).lasts([r1 * self.features.taps for r1 in rising])
+        curves = {r1: self._truncated(r1, last)[0] for r1, last in zip(rising, lasts, strict=True)}
         return [self.problem.relative(float(curves[r1][r2])) for r1, r2 in grid]
 
     def release(self) -> None:
@@ -45,7 +46,8 @@ class Tucker2:
         r1, r2 = ranks
         check_ranks("tucker2", ranks, (self.limit[0], min(self.limit[1], r1 * self.features.taps)))
         _, _, kh, kw = self.problem.weight.shape
-        errors, vectors, last = self._truncated(r1)
+        last = self.features.nested(r1).last(r1 * self.features.taps)
+        errors, vectors = self._truncated(r1, last)
         kept = vectors[:, :r2]
         stages = (
             stage(self.features.nested(r1).first[:r1, :, None, None]),
@@ -54,16 +56,15 @@ class Tucker2:
         )
         return self.problem.chain("tucker2", ranks, stages, float(errors[r2]))
 
-    def _truncated(self, r1: int) -> tuple[Double, Double, Double]:
-        """Errors at r2 = 0 to O, eigenvectors `F` `(O, O)` and `G^½P` `(O, r1·T)` at `r1`.
+    def _truncated(self, r1: int, last: Double) -> tuple[Double, Double]:
+        """Errors at r2 = 0 to O and eigenvectors `F` `(O, O)`, at `r1` with `last` = `G^½P`, `(O, r1·T)`.
 
-        As in `SharedFeatures.error`, the ridge's share is taken away: each eigenvector's own.
+        As in `SharedFeatures.errors`, the ridge's share is taken away: each eigenvector's own.
         """
         nested, block = self.features.nested(r1), r1 * self.features.taps
         whitened, direct = nested.whitened[:, :block], nested.direct[:, :block].astype(np.float64)
-        last = nested.last(block)
         gains, vectors = top_eigenvectors(whitened @ whitened.T, len(whitened))
         turned = vectors.T @ last
         shrunk = np.einsum("rb,rb->r", turned, 2 * (vectors.T @ direct) - turned)
         gains = gains - self.problem.ridge * shrunk
-        return self.problem.energy - np.concatenate([[0.0], np.cumsum(gains)]), vectors, last
+        return self.problem.energy - np.concatenate([[0.0], np.cumsum(gains)]), vectors

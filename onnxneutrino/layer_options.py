@@ -10,7 +10,7 @@ from onnxneutrino.candidates import Point, candidates, cp_challenger, options, p
 from onnxneutrino.factor_fit import Decomposition
 from onnxneutrino.factors import Factors, Moments
 from onnxneutrino.forms import decompose, decompose_all
-from onnxneutrino.plan import Choice, Form, Layer
+from onnxneutrino.plan import Array, Choice, Form, Layer
 
 PAIR_STEPS = 12
 STEPS = 24
@@ -34,7 +34,14 @@ def cost_unit(layer: Layer, objective: str) -> Callable[[Point], float]:
 class LayerOptions:
     """The fits of one layer: on the original in every form, or on a trained chain in its own form."""
 
-    def __init__(self, layer: Layer, moments: Moments, objective: str, current: Factors | None = None) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        moments: Moments,
+        objective: str,
+        current: Factors | None = None,
+        weighting: Array | None = None,
+    ) -> None:
         """Prepare the fits; the expensive part runs when options or factors are asked for.
 
         Args:
@@ -42,14 +49,15 @@ class LayerOptions:
             moments: of its input patches.
             objective: what costs are counted in.
             current: the trained chain whose product the weight is; the form is then frozen.
+            weighting: of the outputs, `(O, O)`, see `curvature`; None where all matter alike.
         """
         self.layer = layer
         self.current = current
         self._unit = cost_unit(layer, objective)
         self.fits: Mapping[Form, Decomposition] = (
-            decompose_all(layer.weight, layer.bias, moments)
+            decompose_all(layer.weight, layer.bias, moments, weighting)
             if current is None
-            else {current.form: decompose(current.form, layer.weight, layer.bias, moments)}
+            else {current.form: decompose(current.form, layer.weight, layer.bias, moments, weighting)}
         )
 
     @cached_property

@@ -24,7 +24,7 @@ class Loss:
 
     Attributes:
         kind: `classes`: cross entropy with the labels plus the teacher's softened probabilities (Hinton et
-            al. 2015); `values`: squared error to the teacher's outputs, relative to their variance.
+            al. 2015); `values`: squared error to the teacher's outputs.
         outputs: tensors of the graph it is taken on: the logits, or all float outputs.
         label_weight: share of the labels in `classes`, 0 to 1; 0 trains on the teacher alone.
         temperature: softens the teacher's and the student's logits.

@@ -180,17 +180,19 @@ def make_report(
         warnings: for the user.
     """
     metric, seed = task.metric, config.seed
-    networks = [Network() if chosen.stage1 is None else chosen.stage1.network, chosen.network]
-    models = [opened.model, *(build(task, network) for network in networks)]
+    measured = [(opened.model, rows), (build(task, chosen.network), chosen.final_rows)]
+    if chosen.stage1 is not chosen.final:
+        network = Network() if chosen.stage1 is None else chosen.stage1.network
+        measured.append((build(task, network), chosen.stage1_rows))
     sample = prepare.first_examples(judges.test, 1)[0]
-    times = measured_latencies(models, sample, config.threads)
-    values = [metrics.value(metric, own) for own in (rows, chosen.stage1_rows, chosen.final_rows)]
-    sizes = [len(model.SerializeToString()) for model in models]
+    times = measured_latencies([model for model, _ in measured], sample, config.threads)
+    sizes = [len(model.SerializeToString()) for model, _ in measured]
     sizes[0] = sizes[0] if size_bytes is None else size_bytes
-    original, stage1, final = (
-        six_metrics(model, opened.shapes, value, size, time)
-        for model, value, size, time in zip(models, values, sizes, times, strict=True)
+    original, final, *rest = (
+        six_metrics(model, opened.shapes, metrics.value(metric, own), size, time)
+        for (model, own), size, time in zip(measured, sizes, times, strict=True)
     )
+    stage1 = rest[0] if rest else final
     select = None if chosen.final is None or chosen.final.drop is None else chosen.final.drop
     whole = interval(metric, rows, chosen.final_rows, seed)
     mine = judges.report_rows
@@ -227,6 +229,5 @@ def with_file_size(report: Report, size_bytes: int) -> Report:
     assert last is not None
     written = dataclasses.replace(last, size_bytes=size_bytes)
     gain = enhancement(report.original, written, report.drop)
-    if report.stage2 is not None:
-        return dataclasses.replace(report, enhancement=gain, stage2=written)
-    return dataclasses.replace(report, enhancement=gain, stage1=written)
+    stage1 = written if report.stage1 == last else report.stage1
+    return dataclasses.replace(report, enhancement=gain, stage1=stage1, stage2=report.stage2 and written)

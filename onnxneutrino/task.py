@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
 from onnxneutrino import finetune, metrics
 from onnxneutrino.data import Split
+from onnxneutrino.errors import TrainingError
 from onnxneutrino.factors import Factors
 from onnxneutrino.graph import TensorType, with_arrays
 from onnxneutrino.graph import arrays as graph_arrays
@@ -18,6 +20,7 @@ from onnxneutrino.losses import Loss
 from onnxneutrino.passes.factorize import factorize, stage_names
 from onnxneutrino.plan import Frozen, Layer
 from onnxneutrino.prepare import Opened
+from onnxneutrino.training_copy import training_copy
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,3 +120,43 @@ def trainable_names(task: Task, network: Network, graph: ModelProto) -> list[str
         for name in stage_names(layer, network.factors[layer.name])
     ]
     return finetune.trainable_arrays(graph_arrays(graph), [*names, *task.trainable])
+
+
+def trainable_initializers(marked: Marked) -> list[str]:
+    """Float constants of linear layers, and of what is added or multiplied, except in layers the user left out."""
+    left_out = {layer.name for layer in marked.frozen if "--exclude" in layer.reason or "--only" in layer.reason}
+    names: dict[str, None] = {}
+    untouched: set[str] = set()
+    for node in marked.model.graph.node:
+        if node.name in left_out or (node.op_type == "Add" and untouched & set(node.input)):
+            untouched.update(node.output if node.name in left_out else ())
+            continue
+        if node.op_type in ("Conv", "Gemm"):
+            names.update(dict.fromkeys(node.input[1:]))
+        elif node.op_type in ("MatMul", "Add", "Mul"):
+            names.update(dict.fromkeys(node.input))
+    held = graph_arrays(marked.model)
+    return [name for name in names if name in held and held[name].dtype == np.float32 and held[name].size > 1]
+
+
+def check_trainable(task: Task) -> None:
+    """Refuse, before anything long, a network that cannot be fine-tuned.
+
+    Raises:
+        TrainingError: names the node and its operator.
+    """
+    halves = [layer.name for layer in task.layers if layer.half]
+    if halves:
+        raise TrainingError(
+            f"node '{halves[0]}': its weight is float16, which ONNX Runtime does not train; give the float32 model, "
+            "or use --trainer none (factors and refit, no fine-tuning)"
+        )
+    copy = training_copy(task.batched, task.batch)
+    weights = [name for layer in task.layers for name in layer.initializers]
+    faults = finetune.untrainable(copy, [*weights, *task.trainable], task.loss.outputs)
+    if faults:
+        kinds = ", ".join(sorted({operator for _, operator in faults}))
+        raise TrainingError(
+            f"node '{faults[0][0]}': ONNX Runtime training has no right gradient for {kinds}; use "
+            "--trainer none (factors and refit, no fine-tuning)"
+        )

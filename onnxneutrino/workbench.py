@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from onnxneutrino import finetune, metrics
 from onnxneutrino.allocate import Option
 from onnxneutrino.calibrate import calibrate, images_needed
+from onnxneutrino.curvature import output_curvature
 from onnxneutrino.data import Split
-from onnxneutrino.errors import TrainingError
+from onnxneutrino.errors import NeutrinoError, TrainingError
 from onnxneutrino.factors import Moments, stage_geometries
 from onnxneutrino.layer_options import LayerOptions
 from onnxneutrino.passes.factorize import last_stage, read_factors, stage_names
 from onnxneutrino.passes.find_layers import find_layers
-from onnxneutrino.plan import Layer
+from onnxneutrino.plan import Array, Layer
 from onnxneutrino.prepare import evaluate
 from onnxneutrino.probe import Probe, divergence, features_at, probe_batches, take_probe
 from onnxneutrino.refit import refit
@@ -37,6 +38,8 @@ from onnxneutrino.task import FineTune, Network, Task, build, trainable_names
 from onnxneutrino.teaching import examples
 from onnxneutrino.training_copy import check_training_copy, training_copy
 
+CURVATURE_BATCHES = 32
+CALIBRATION_BATCH = 32  # the inputs of all layers are in memory at once
 SENSITIVITY_ERROR = 0.05
 SENSITIVITY_IMAGES = 512
 LEARNING_RATE = 1e-3
@@ -78,9 +81,30 @@ class Workbench:
         )
         wanted = min(images_needed(task.layers), len(task.train)) if images is None else images
         moments, self.calibration_images = self._moments(Network(), wanted, calibration_seconds)
-        self._original = {layer.name: LayerOptions(layer, moments[layer.name], task.objective) for layer in task.layers}
+        self._curvature = self._output_curvature()
+        self._original = {
+            layer.name: LayerOptions(
+                layer, moments[layer.name], task.objective, weighting=self._curvature.get(layer.name)
+            )
+            for layer in task.layers
+        }
         self._derived: tuple[Candidate, dict[str, LayerOptions]] | None = None
         self._sensitivities: Mapping[str, float] = {}
+
+    def _output_curvature(self) -> Mapping[str, Array]:
+        """`G` of every layer of a classifier; none where the network cannot be differentiated."""
+        task = self.task
+        if task.loss.kind != "classes":
+            return {}
+        self._tell("measuring the curvature of the outputs", 0.0)
+        drawn = task.train.batches(task.batch, seed=task.seed, augment=True)
+        inputs = [batch.inputs for batch, _ in zip(drawn, range(CURVATURE_BATCHES), strict=False)]
+        full = [own for own in inputs if len(next(iter(own.values()))) == task.batch]
+        try:
+            copy = training_copy(task.batched, task.batch)
+            return output_curvature(copy, task.layers, task.loss, full, self._teacher, task.threads, task.seed)
+        except NeutrinoError:
+            return {}
 
     # --- costs and options ----------------------------------------------------------------------------------
 
@@ -117,7 +141,9 @@ class Workbench:
                 trained = whole.get(layer.name, layer)
             else:
                 trained = dataclasses.replace(layer, weight=factors.product(), bias=factors.bias)
-            derived[layer.name] = LayerOptions(trained, moments[layer.name], self.task.objective, factors)
+            derived[layer.name] = LayerOptions(
+                trained, moments[layer.name], self.task.objective, factors, self._curvature.get(layer.name)
+            )
         self._derived = (source, derived)
         return derived
 
@@ -125,7 +151,8 @@ class Workbench:
         task = self.task
         tensors = sorted({layer.input for layer in task.layers})
         run = Runner(build(task, network, batched=True), tensors, threads=task.threads)
-        batches = (batch.inputs for batch in task.train.batches(task.evaluation_batch, seed=task.seed, augment=True))
+        size = min(task.evaluation_batch, CALIBRATION_BATCH)
+        batches = (batch.inputs for batch in task.train.batches(size, seed=task.seed, augment=True))
         return calibrate(
             run,
             tensors,
@@ -286,16 +313,14 @@ class Workbench:
         )
 
     def _better(self, before: Network, after: Network) -> Network:
-        """Which network scores better on the validation share of the training split; `after` without one."""
+        """`before` where `after` scores worse on the validation share of the training split, by more than its error."""
         task = self.task
         if task.stop is None:
             return after
         split = task.stop.subset(np.arange(min(len(task.stop), STOP_IMAGES)))
-        values = [
-            metrics.value(task.metric, self._rows(network, split)) * (1 if task.metric.higher_is_better else -1)
-            for network in (before, after)
-        ]
-        return after if values[1] >= values[0] else before
+        rows = [self._rows(network, split) for network in (before, after)]
+        lost = metrics.drop(task.metric, rows[0], rows[1], seed=task.seed)
+        return before if lost.value > lost.standard_error else after
 
     def _rows(self, network: Network, split: Split) -> NDArray[Any]:
         """Metric statistics of a network on a split."""

@@ -32,11 +32,9 @@ NETS = {
         net (float[N,3,8,8] x) => (float[N,5] y)
         <float[6,3,3,3] w0, float[6] b0, float[5,96] w1, float[5] b1>
         {
-            c = Conv <pads = [1,1,1,1]> (x, w0, b0)
-            r = Relu (c)
+            c = Conv <pads = [1,1,1,1]> (x, w0, b0)  r = Relu (c)
             m = MaxPool <kernel_shape = [2,2], strides = [2,2]> (r)
-            f = Flatten (m)
-            y = Gemm <transB = 1> (f, w1, b1)
+            f = Flatten (m)  y = Gemm <transB = 1> (f, w1, b1)
         }
     """,
     # 1x1, kx1 and 1xk with stride, asymmetric padding and dilation, depthwise of both kinds, 1x1.
@@ -52,8 +50,7 @@ NETS = {
             e = Conv <kernel_shape = [1,3], group = 6, strides = [1,2]> (d, w4)
             f = Conv (e, w5, b5)
             t = Tanh (f)
-            g = GlobalAveragePool (t)
-            y = Flatten (g)
+            g = GlobalAveragePool (t)  y = Flatten (g)
         }
     """,
     "relu6 and residual": """
@@ -65,20 +62,17 @@ NETS = {
             d = Conv <pads = [1,1,1,1]> (r, w1)
             s = Add (d, x)
             a = AveragePool <kernel_shape = [2,2], strides = [2,2]> (s)
-            g = GlobalAveragePool (a)
-            y = Flatten (g)
+            g = GlobalAveragePool (a)  y = Flatten (g)
         }
     """,
     "batch normalization": """
         net (float[N,4,6,6] x) => (float[N,4] y)
         <float[4,4,3,3] w0, float[4] gamma, float[4] offset, float[4] mean, float[4] var, float[4,4,1,1] w1>
         {
-            c = Conv (x, w0)
-            r = Tanh (c)
+            c = Conv (x, w0)  r = Tanh (c)
             n = BatchNormalization <epsilon = 0.01> (r, gamma, offset, mean, var)
             d = Conv (n, w1)
-            g = GlobalAveragePool (d)
-            y = Flatten (g)
+            g = GlobalAveragePool (d)  y = Flatten (g)
         }
     """,
     "auto_pad": """
@@ -90,21 +84,17 @@ NETS = {
             c = Conv <auto_pad = "SAME_LOWER"> (b, w1)
             m = MaxPool <auto_pad = "SAME_UPPER", kernel_shape = [2,2], strides = [2,2]> (c)
             d = Conv <auto_pad = "VALID", kernel_shape = [2,2]> (m, w2)
-            g = GlobalAveragePool (d)
-            y = Flatten (g)
+            g = GlobalAveragePool (d)  y = Flatten (g)
         }
     """,
     "matmul and constants": """
         net (float[N,6,5] x) => (float[N,4] y)
         <float[5,7] w0, float[7] b0, float[7,4] w1, float[4] s1>
         {
-            a = MatMul (x, w0)
-            b = Add (a, b0)
+            a = MatMul (x, w0)  b = Add (a, b0)
             c = LeakyRelu <alpha = 0.1> (b)
-            axes = Constant <value_ints = [1]> ()
             d = ReduceMean <axes = [1], keepdims = 0> (c)
-            e = MatMul (d, w1)
-            y = Mul (e, s1)
+            e = MatMul (d, w1)  y = Mul (e, s1)
         }
     """,
     "conv1d": """
@@ -112,10 +102,8 @@ NETS = {
         <float[5,3,3] w0, float[4,5,3] w1>
         {
             a = Conv <strides = [2], pads = [1,2]> (x, w0)
-            b = Relu (a)
-            c = Conv <dilations = [2], pads = [2,2]> (b, w1)
-            g = GlobalAveragePool (c)
-            y = Flatten (g)
+            b = Relu (a)  c = Conv <dilations = [2], pads = [2,2]> (b, w1)
+            g = GlobalAveragePool (c)  y = Flatten (g)
         }
     """,
 }

@@ -34,7 +34,7 @@ TIERS = (
     ("passes",),
     ("calibrate", "layer_options", "refit", "search", "finetune", "normalize"),
     ("training_copy", "prepare", "probe", "teaching"),
-    ("task",),
+    ("task", "curvature"),
     ("workbench",),
     ("summary",),
     ("conductor",),

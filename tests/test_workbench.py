@@ -388,3 +388,11 @@ def test_a_copy_that_computes_something_else_stops_the_run(
     monkeypatch.setattr(workbench, "training_copy", wrong)
     with pytest.raises(TrainingError, match="differs"):
         bench.trained(candidate, 0.5, "wrong copy")
+
+
+def test_float16_weights_are_refused_before_anything_long(task: Task) -> None:
+    halves = tuple(dataclasses.replace(layer, half=layer.name == "second") for layer in task.layers)
+    conductor.check_trainable(task)
+    with pytest.raises(TrainingError, match=r"node 'second': .*float16.*--trainer none") as caught:
+        conductor.check_trainable(dataclasses.replace(task, layers=halves))
+    assert "\n" not in str(caught.value)

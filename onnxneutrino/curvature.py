@@ -1,0 +1,103 @@
+"""How much each output of a layer matters: K-FAC's output factor (Martens and Grosse 2015).
+
+For a layer's output `y` at one position, `G = E[g gᵀ]` with `g` the gradient of the loss with respect to `y` and
+labels drawn from the model's own softmax; no true labels are needed. An error `e` in the output costs about
+`½ eᵀ G e`. The gradient is read from a zero that is added to the output and counts as trainable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper
+
+from onnxneutrino.calibrate import Run
+from onnxneutrino.finetune import Example, Trainer
+from onnxneutrino.graph import copied, declared_shape, real_inputs, tensor_types
+from onnxneutrino.losses import Loss, softmax
+from onnxneutrino.plan import Array, Layer
+
+SUFFIX = "/onnxneutrino/zero"
+
+
+def output_curvature(
+    copy: ModelProto,
+    layers: Sequence[Layer],
+    loss: Loss,
+    batches: Iterable[Mapping[str, NDArray[Any]]],
+    teacher: Run,
+    threads: int,
+    seed: int,
+) -> dict[str, Array]:
+    """`G`, `(O, O)`, of every layer of a classifier.
+
+    Args:
+        copy: training copy of the original with a fixed batch.
+        layers: whose outputs.
+        loss: of kind `classes`; its weights and temperature do not matter.
+        batches: inputs, each of exactly the copy's batch.
+        teacher: gives the original's logits.
+        threads: for the runtime.
+        seed: of the drawn labels.
+
+    Raises:
+        TrainingError: the network cannot be differentiated.
+    """
+    fed = {value.name: tuple(int(size or 1) for size in declared_shape(value) or ()) for value in real_inputs(copy)}
+    types = tensor_types(copy, fed)
+    shapes = {layer.output: types[layer.output].shape for layer in layers}
+    probed = with_zeros(copy, shapes)
+    sums = {layer.name: np.zeros((len(layer.bias), len(layer.bias))) for layer in layers}
+    generator = np.random.default_rng(seed)
+    hard = dataclasses.replace(loss, label_weight=1.0, temperature=1.0)
+    count = 0
+    with Trainer(probed, [name + SUFFIX for name in shapes], hard, threads) as trainer:
+        for inputs in batches:
+            logits = teacher(inputs)
+            gradients = trainer.gradients(Example(dict(inputs), logits, _draw(logits[0], generator)))
+            count += len(logits[0])
+            for layer in layers:
+                # The loss is a mean over the batch; one example's own gradient is that many times as large.
+                rows = _by_output(layer, gradients[layer.output + SUFFIX]) * len(logits[0])
+                sums[layer.name] += rows.T @ rows
+    return {name: np.asarray(total / max(count, 1), np.float32) for name, total in sums.items()}
+
+
+def _draw(logits: NDArray[Any], generator: np.random.Generator) -> NDArray[np.int64]:
+    """One label for each row, with the probabilities of its softmax."""
+    cumulated = np.cumsum(softmax(np.asarray(logits, np.float32)), axis=-1)
+    drawn = generator.random((len(logits), 1)) * cumulated[:, -1:]
+    return np.asarray((cumulated < drawn).sum(axis=-1), np.int64)
+
+
+def _by_output(layer: Layer, gradient: NDArray[Any]) -> NDArray[np.float64]:
+    """Rows `(examples · positions, O)`."""
+    if layer.kind in ("gemm", "matmul", "map"):
+        return gradient.reshape(-1, gradient.shape[-1]).astype(np.float64)
+    return np.moveaxis(gradient, 1, -1).reshape(-1, gradient.shape[1]).astype(np.float64)
+
+
+def with_zeros(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> ModelProto:
+    """A copy in which a zero initializer of its shape is added to each of these tensors."""
+    copy = copied(model)
+    nodes = []
+    for node in copy.graph.node:
+        nodes.append(node)
+        for index, name in enumerate(node.output):
+            if name in shapes:
+                node.output[index] = f"{name}{SUFFIX}/before"
+                nodes.append(
+                    helper.make_node("Add", [node.output[index], name + SUFFIX], [name], name=f"{name}{SUFFIX}/add")
+                )
+    own = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del copy.graph.node[:]
+    copy.graph.node.extend(own)
+    for name, shape in shapes.items():
+        data = np.zeros(shape, np.float32).tobytes()
+        copy.graph.initializer.append(helper.make_tensor(name + SUFFIX, TensorProto.FLOAT, shape, data, raw=True))
+    del copy.graph.value_info[:]
+    return copy
