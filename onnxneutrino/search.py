@@ -160,7 +160,9 @@ def search(
     if challenged != first.choices:
         other = bench.realize(None, challenged, "stage 1, forms swapped")
         first = other if other.divergence < first.divergence else first
-    _train(bench, first, shares[0] * settings.time_limit, time_left, record, "stage 1, first fine-tune", 1)
+    first_share = shares[0] * settings.time_limit
+    if _train(bench, first, first_share, time_left, record, "stage 1, first fine-tune", 1) is None:
+        _narrow(bench, settings, time_left, record, plans)
     _descend(bench, settings, shares[1:], time_left, record, tried, ladder)
     return tried
 

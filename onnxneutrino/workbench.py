@@ -264,9 +264,8 @@ class Workbench:
         copy = training_copy(graph, task.batch)
         names = list(trainable_names(task, network, graph))
         source = examples(task.train, task.batch, task.seed + len(self.fine_tunes), self._teacher, task.labels)
-        first = next(source)
-        check_training_copy(graph, copy, first.inputs, task.threads)
         try:
+            check_training_copy(graph, copy, next(source).inputs, task.threads)
             with (
                 finetune.Trainer(copy, names, task.loss, task.threads) as trainer,
                 contextlib.closing(finetune.prefetched(source)) as ahead,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from onnx import ModelProto
+
 from onnxneutrino.passes import (
     drop_identity,
     drop_unused,

@@ -155,12 +155,8 @@ def counted_transpose(x: np.ndarray, w: np.ndarray, groups: int, strides: Any) -
 def one_node(op: str, shapes: list[tuple[int, ...]], **attributes: Any) -> tuple[onnx.ModelProto, np.ndarray]:
     """A model of one node with constant second input; and its output on `floats` of the first shape."""
     node = helper.make_node(op, ["x", "w"], ["y"], "node", **attributes)
-    values = [
-        helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", shapes[0]), ("y", None))
-    ]
-    graph = helper.make_graph(
-        [node], "one", values[:1], values[1:], [numpy_helper.from_array(floats(*shapes[1]), "w")]
-    )
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", shapes[0]), ("y", None))]
+    graph = helper.make_graph([node], "one", values[:1], values[1:], [numpy_helper.from_array(floats(*shapes[1]), "w")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     return model, Runner(model)({"x": floats(*shapes[0])})[0]
 
@@ -209,9 +205,7 @@ def test_conv_transpose_macs_equal_a_loop(groups: int, strides: Any) -> None:
 def test_matmul_macs_equal_broadcast_products(left: tuple[int, ...], right: tuple[int, ...]) -> None:
     model, expected = one_node("MatMul", [left, right])
     types = tensor_types(model, {"x": left})
-    products = np.matmul(
-        np.ones(left), np.ones(right)
-    )  # each element sums as many ones as there are products
+    products = np.matmul(np.ones(left), np.ones(right))  # each element sums as many ones as there are products
     assert expected.shape == products.shape
     assert cost.macs(model, types) == products.sum()
 
@@ -253,9 +247,7 @@ def test_node_costs_add_up_and_shared_params_count_at_the_first() -> None:
 # --- memory ---------------------------------------------------------------------------------------------
 
 
-def brute_force_peak(
-    steps: list[tuple[set[str], set[str]]], inputs: set[str], outputs: set[str], size: Any
-) -> int:
+def brute_force_peak(steps: list[tuple[set[str], set[str]]], inputs: set[str], outputs: set[str], size: Any) -> int:
     """The largest sum over the steps, a tensor held while some later step or the caller still needs it."""
     alive, peak = set(inputs), 0
     for index, (_, made) in enumerate(steps):

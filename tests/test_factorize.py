@@ -8,12 +8,12 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
-from onnxneutrino.passes.factorize import factorize, last_stage, read_factors, stage_arrays, stage_names
-from onnxneutrino.passes.find_layers import find_layers
 
 from onnxneutrino.errors import ModelError
 from onnxneutrino.factors import Factors, Stage
 from onnxneutrino.graph import arrays, fixed_shapes, load, real_inputs, tensor_types, with_arrays
+from onnxneutrino.passes.factorize import factorize, last_stage, read_factors, stage_arrays, stage_names
+from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import FORMS, Form, Layer
 from onnxneutrino.runtime import Runner
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
-from onnxneutrino.passes.find_layers import find_layers
 
 from onnxneutrino.errors import NeutrinoError
 from onnxneutrino.graph import fixed_shapes, load, real_inputs, tensor_types
+from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Frozen, Geometry, Layer
 from onnxneutrino.runtime import Runner
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.parser import parse_model
+
+from onnxneutrino import graph, passes
 from onnxneutrino.passes import (
     drop_identity,
     free_batch,
@@ -13,8 +15,6 @@ from onnxneutrino.passes import (
     lower_batchnorm,
     lower_constants,
 )
-
-from onnxneutrino import graph, passes
 from onnxneutrino.runtime import Runner
 
 

@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.parser import parse_model
-from onnxneutrino.passes import fold_batchnorm, fold_scale
 
 from onnxneutrino import graph, normalize
+from onnxneutrino.passes import fold_batchnorm, fold_scale
 from onnxneutrino.runtime import Runner
 
 Array = NDArray[np.float32]

@@ -55,9 +55,7 @@ def full_report() -> Report:
         ),
         normalization=("BatchNormalization bn1 folded into Conv conv1",),
         candidates=(
-            CandidateRow(
-                "stage 1 plan", {"conv1": Choice("tucker2", (3, 20))}, 1e5, None, 0.5, True, 12.5, None
-            ),
+            CandidateRow("stage 1 plan", {"conv1": Choice("tucker2", (3, 20))}, 1e5, None, 0.5, True, 12.5, None),
             CandidateRow("stage 2 plan", {}, 2e5, 84.6, 0.87, True, 60.0, True, "smallest within delta"),
         ),
         training=(Training("stage 1 plan", 400, 128, 2, 1e-3),),

@@ -92,15 +92,11 @@ def own_imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_go_downwards(module: str) -> None:
     own = rank(module)
-    assert own is not None, (
-        f"{MODULES[module].name} is in no line of TIERS; give it one in tests/test_structure.py"
-    )
+    assert own is not None, f"{MODULES[module].name} is in no line of TIERS; give it one in tests/test_structure.py"
     for imported in own_imports(MODULES[module]) - {module}:
         other = rank(imported)
         assert other is not None, f"{imported} is in no line of TIERS"
-        assert other < own, (
-            f"{module or '__init__'} imports {imported or '__init__'}, which does not lie below it"
-        )
+        assert other < own, f"{module or '__init__'} imports {imported or '__init__'}, which does not lie below it"
 
 
 def test_nothing_is_listed_twice() -> None:
@@ -143,10 +139,7 @@ def test_packages_in_pyproject_equal_the_tree() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     folders = {path.parent for path in PACKAGE.rglob("__init__.py")}
     tree = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    tree |= {
-        ".".join(("onnxneutrino", *path.parent.relative_to(ROOT).parts))
-        for path in PASSES.rglob("__init__.py")
-    }
+    tree |= {".".join(("onnxneutrino", *path.parent.relative_to(ROOT).parts)) for path in PASSES.rglob("__init__.py")}
     assert set(settings["packages"]) == tree
     assert settings["package-dir"] == {"onnxneutrino.passes": "passes"}
 
