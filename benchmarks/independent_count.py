@@ -38,29 +38,31 @@ def count(path: Path, input_shapes: Mapping[str, Sequence[int]]) -> tuple[int, i
     return sum(seen.values()), _observed_macs(model, input_shapes)
 
 
-def _walk(graph: onnx.GraphProto) -> dict[int, int]:
-    """Elements of every float constant that is read on the way back from the outputs, by identity."""
+def _walk(graph: onnx.GraphProto, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    """Elements of every float constant that is read on the way back from the outputs, by place and name."""
     makers = {name: node for node in graph.node for name in node.output if name}
     stored = {tensor.name: tensor for tensor in graph.initializer}
     waiting = [value.name for value in graph.output]
     done: set[str] = set()
-    counted: dict[int, int] = {}
+    counted: dict[tuple[str, ...], int] = {}
     while waiting:
         name = waiting.pop()
         if name in done:
             continue
         done.add(name)
+        key = (*place, name)
         if name in stored:
             array = numpy_helper.to_array(stored[name])
-            counted[id(stored[name])] = array.size if array.dtype.name in FLOAT_NAMES else 0
+            counted[key] = array.size if array.dtype.name in FLOAT_NAMES else 0
         elif name in makers:
             node = makers[name]
             waiting.extend(node.input)
             for attribute in node.attribute:
                 if node.op_type == "Constant":
-                    counted[id(node)] = _constant_size(attribute)
-                for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                    counted.update(_walk(body))
+                    counted[key] = _constant_size(attribute)
+                bodies = [attribute.g] if attribute.HasField("g") else attribute.graphs
+                for index, body in enumerate(bodies):
+                    counted.update(_walk(body, (*place, node.output[0], f"{attribute.name} {index}")))
                     # Whatever a body mentions may come from out here; names of its own lead nowhere.
                     waiting.extend(_mentioned(body))
     return counted

@@ -2,7 +2,7 @@
 
 Costs are those of the file as it is, at batch 1, next to the count of `independent_count.py`, which shares no
 code with the package. Marked and frozen layers are those of the normalized graph. A file that is refused is
-listed with its one line. Docs: `docs/models.md` is this table for the models the project is measured on.
+listed with its one line. `docs/models.md` is this table for the models the project is measured on.
 
     python benchmarks/model_table.py FOLDER [--output docs/models.md]
 """
@@ -23,11 +23,14 @@ from onnxneutrino.config import load_config
 from onnxneutrino.console import AnalyzedLayer
 from onnxneutrino.errors import NeutrinoError
 from onnxneutrino.graph import load
-from onnxneutrino.walk import subgraphs
 
 # Sizes for inputs that the files leave free, by file name and input.
-SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {}
-BODIES = ("If", "Loop", "Scan")
+SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "ocr_ppocrv2_det_paddle": {"x": (1, 3, 64, 64)},
+    "vad_silero_op18": {"input": (1, 288), "state": (2, 1, 128)},
+    "vad_silero_spox": {"input": (1, 288), "state": (2, 1, 128)},
+}
+INSIDE = "inside the body of "
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Row:
         frozen: reasons and how many layers each keeps.
         counts: params and MACs, the project's.
         independent: the same, counted by a run.
-        bodies: some layers are inside If, Loop or Scan, whose MACs a run does not show.
+        bodies: some layers are inside If, Loop or Scan: their MACs are not known without running that branch.
     """
 
     name: str
@@ -73,14 +76,14 @@ def examine(path: Path) -> Row:
         frozen=_reasons(layers),
         counts=counts,
         independent=count(path, shapes),
-        bodies=any(True for node in opened.model.graph.node for _ in subgraphs(node)),
+        bodies=any(layer.reason is not None and layer.reason.startswith(INSIDE) for layer in layers),
     )
 
 
 def _reasons(layers: Sequence[AnalyzedLayer]) -> dict[str, int]:
     """How many layers are frozen for each reason, the commonest first; names of nodes are left out."""
     texts = [layer.reason for layer in layers if layer.reason is not None]
-    short = (text.rpartition(" ")[0] if text.startswith("inside the body of") else text for text in texts)
+    short = (" ".join(text.split(" ")[:5]) if text.startswith(INSIDE) else text for text in texts)
     return dict(Counter(short).most_common())
 
 
@@ -95,18 +98,21 @@ def table(rows: Sequence[Row]) -> str:
         total = sum((row.frozen or {}).values())
         frozen = f"{total}: {reasons}" if total else "0"
         params, macs = (f"{value:,}".replace(",", " ") for value in row.counts)
+        macs = "n/a" if row.bodies else macs
         lines.append(f"| {row.name} | {row.nodes} | {row.marked} | {frozen} | {params} | {macs} | {_equal(row)} |")
-    refused = [f"- {row.name}: `{row.refusal}`" for row in rows if row.refusal is not None]
+    refused = [f"- {row.name}: {row.refusal}" for row in rows if row.refusal is not None]
     return "\n".join([*lines, *(["", "Refused:", "", *refused] if refused else [])])
 
 
 def _equal(row: Row) -> str:
     """Yes or no; where a run cannot see the layers in bodies, the params alone are compared."""
     pairs = dict(zip(("params", "MACs"), zip(row.counts, row.independent, strict=True), strict=True))
+    if row.bodies:
+        del pairs["MACs"]
     different = [f"{name} {other}" for name, (own, other) in pairs.items() if own != other]
-    if row.bodies and row.counts[0] == row.independent[0]:
-        return "params yes, MACs n/a"
-    return f"no: {', '.join(different)}" if different else "yes"
+    if different:
+        return f"no: {', '.join(different)}"
+    return "params yes, MACs n/a" if row.bodies else "yes"
 
 
 def main() -> None:
@@ -131,7 +137,9 @@ def main() -> None:
 HEADING = """# The models it is measured on
 
 Made by `python benchmarks/model_table.py FOLDER --output docs/models.md`. Nodes, params and MACs are those of the
-file as it is, at batch 1; marked and frozen layers those of its normalized graph.
+file as it is, at batch 1; marked and frozen layers those of its normalized graph. The independent count
+(`benchmarks/independent_count.py`) walks the file for params and runs it for MACs. Layers inside If, Loop and Scan
+stay as they are, and their MACs depend on what the run takes: n/a.
 """
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,6 +13,8 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from onnxneutrino.errors import ModelError, UsageError
 from onnxneutrino.walk import copied
+
+LARGEST_SHAPE = 1024
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,34 @@ def element_dtype(kind: int) -> np.dtype[np.generic]:
 
 
 def inferred(model: ModelProto) -> ModelProto:
-    """A copy with the shapes that ONNX shape inference finds; the model itself where it fails."""
+    """A copy with the shapes that ONNX shape inference finds; the model itself where it fails.
+
+    Large weights have their type and dimensions in it, and no data: inference would copy them four times.
+    """
     try:
-        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+        return onnx.shape_inference.infer_shapes(_without_data(model), data_prop=True)
     except Exception:  # what inference cannot do leaves shapes unknown, which callers handle
         return model
+
+
+def _without_data(model: ModelProto) -> ModelProto:
+    """A copy in which initializers of more than a few elements, which cannot be shapes or axes, have no data."""
+    copy = ModelProto()
+    _copy_fields(model, copy, "graph")
+    _copy_fields(model.graph, copy.graph, "initializer")
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) > LARGEST_SHAPE:
+            copy.graph.initializer.add(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+        else:
+            copy.graph.initializer.append(tensor)
+    return copy
+
+
+def _copy_fields(source: Any, target: Any, left_out: str) -> None:
+    for field, value in source.ListFields():
+        if field.name == left_out:
+            continue
+        if isinstance(value, (int, str)):
+            setattr(target, field.name, value)
+        else:
+            getattr(target, field.name).MergeFrom(value)

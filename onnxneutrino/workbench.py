@@ -79,9 +79,9 @@ class Workbench:
             Runner(task.batched, [layer.output for layer in task.layers], threads=task.threads),
             task.seed,
         )
+        self._curvature = self._output_curvature()  # before the moments: both are large
         wanted = min(images_needed(task.layers), len(task.train)) if images is None else images
         moments, self.calibration_images = self._moments(Network(), wanted, calibration_seconds)
-        self._curvature = self._output_curvature()
         self._original = {
             layer.name: LayerOptions(
                 layer, moments[layer.name], task.objective, weighting=self._curvature.get(layer.name)
