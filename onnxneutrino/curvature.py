@@ -20,12 +20,14 @@ from onnxneutrino.finetune import Example, Trainer
 from onnxneutrino.graph import copied, declared_shape, real_inputs, tensor_types
 from onnxneutrino.losses import Loss, softmax
 from onnxneutrino.plan import Array, Layer
+from onnxneutrino.training_copy import training_copy
 
 SUFFIX = "/onnxneutrino/zero"
 
 
 def output_curvature(
-    copy: ModelProto,
+    model: ModelProto,
+    batch: int,
     layers: Sequence[Layer],
     loss: Loss,
     batches: Iterable[Mapping[str, NDArray[Any]]],
@@ -36,10 +38,11 @@ def output_curvature(
     """`G`, `(O, O)`, of every layer of a classifier.
 
     Args:
-        copy: training copy of the original with a fixed batch.
+        model: the original with a symbolic batch.
+        batch: examples of one run.
         layers: whose outputs.
         loss: of kind `classes`; its weights and temperature do not matter.
-        batches: inputs, each of exactly the copy's batch.
+        batches: inputs, each of exactly `batch` examples.
         teacher: gives the original's logits.
         threads: for the runtime.
         seed: of the drawn labels.
@@ -47,15 +50,16 @@ def output_curvature(
     Raises:
         TrainingError: the network cannot be differentiated.
     """
+    copy = training_copy(model, batch)
     fed = {value.name: tuple(int(size or 1) for size in declared_shape(value) or ()) for value in real_inputs(copy)}
     types = tensor_types(copy, fed)
     shapes = {layer.output: types[layer.output].shape for layer in layers}
-    probed = with_zeros(copy, shapes)
+    copy = with_zeros(copy, shapes)
     sums = {layer.name: np.zeros((len(layer.bias), len(layer.bias))) for layer in layers}
     generator = np.random.default_rng(seed)
     hard = dataclasses.replace(loss, label_weight=1.0, temperature=1.0)
     count = 0
-    with Trainer(probed, [name + SUFFIX for name in shapes], hard, threads) as trainer:
+    with Trainer(copy, [name + SUFFIX for name in shapes], hard, threads) as trainer:
         for inputs in batches:
             logits = teacher(inputs)
             gradients = trainer.gradients(Example(dict(inputs), logits, _draw(logits[0], generator)))
@@ -74,11 +78,10 @@ def _draw(logits: NDArray[Any], generator: np.random.Generator) -> NDArray[np.in
     return np.asarray((cumulated < drawn).sum(axis=-1), np.int64)
 
 
-def _by_output(layer: Layer, gradient: NDArray[Any]) -> NDArray[np.float64]:
+def _by_output(layer: Layer, gradient: NDArray[Any]) -> Array:
     """Rows `(examples · positions, O)`."""
-    if layer.kind in ("gemm", "matmul", "map"):
-        return gradient.reshape(-1, gradient.shape[-1]).astype(np.float64)
-    return np.moveaxis(gradient, 1, -1).reshape(-1, gradient.shape[1]).astype(np.float64)
+    last = gradient if layer.kind in ("gemm", "matmul", "map") else np.moveaxis(gradient, 1, -1)
+    return np.asarray(last.reshape(-1, last.shape[-1]), np.float32)
 
 
 def with_zeros(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> ModelProto:

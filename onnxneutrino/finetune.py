@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
 from onnxneutrino.errors import TrainingError
-from onnxneutrino.graph import capped_ir
+from onnxneutrino.graph import RUNTIME_IR
 from onnxneutrino.losses import Loss, loss_inputs, with_loss
 from onnxneutrino.runtime import session_options
 
@@ -227,7 +227,6 @@ def _training_package() -> tuple[Any, Any, Any]:
 
 def _artifacts(model: ModelProto, trainable: Sequence[str], folder: Path, threads: int) -> tuple[Any, Any, Any]:
     artifacts, onnxblock, api = _training_package()
-    model = capped_ir(model)
     with _silent_stderr():
         artifacts.generate_artifacts(
             model,
@@ -236,8 +235,11 @@ def _artifacts(model: ModelProto, trainable: Sequence[str], folder: Path, thread
             optimizer=onnxblock.optim.AdamW(clip_grad=onnxblock.optim.ClipGradNorm(MAX_GRADIENT_NORM)),
             artifact_directory=str(folder),
         )
-    for name in ("training_model.onnx", "eval_model.onnx", "optimizer_model.onnx"):
-        onnx.save(capped_ir(onnx.load(folder / name)), folder / name)
+    for name in ("training_model.onnx", "optimizer_model.onnx"):
+        made = onnx.load(folder / name)
+        made.ir_version = min(made.ir_version, RUNTIME_IR)
+        onnx.save(made, folder / name)
+        del made
     state = api.CheckpointState.load_checkpoint(str(folder / "checkpoint"))
     module = api.Module(str(folder / "training_model.onnx"), state, session_options=session_options(threads))
     optimizer = api.Optimizer(str(folder / "optimizer_model.onnx"), module)

@@ -49,6 +49,7 @@ from onnxneutrino.walk import (
 )
 
 __all__ = [
+    "RUNTIME_IR",
     "Source",
     "TensorType",
     "all_nodes",

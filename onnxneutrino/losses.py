@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
+from onnxneutrino.graph import capped_ir, inferred
 from onnxneutrino.plan import Array
 
 
@@ -62,8 +62,7 @@ def with_loss(model: ModelProto, loss: Loss) -> tuple[ModelProto, list[str]]:
     `values`: `mean over outputs of mean((y - t)²)`, targets `t` and outputs divided by nothing: the caller
     scales the teacher's outputs if it wants to.
     """
-    copy = ModelProto()
-    copy.CopyFrom(model)
+    copy = capped_ir(model)
     graph = copy.graph
     kept = {initializer.name for initializer in graph.initializer}
     inputs = [value for value in graph.input if value.name not in kept]
@@ -117,8 +116,8 @@ def with_loss(model: ModelProto, loss: Loss) -> tuple[ModelProto, list[str]]:
 
 
 def _shapes(model: ModelProto) -> dict[str, list[int]]:
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    graph = inferred(model).graph
     return {
         value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*inferred.value_info, *inferred.output, *inferred.input)
+        for value in (*graph.value_info, *graph.output, *graph.input)
     }

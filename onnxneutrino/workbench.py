@@ -101,8 +101,9 @@ class Workbench:
         inputs = [batch.inputs for batch, _ in zip(drawn, range(CURVATURE_BATCHES), strict=False)]
         full = [own for own in inputs if len(next(iter(own.values()))) == task.batch]
         try:
-            copy = training_copy(task.batched, task.batch)
-            return output_curvature(copy, task.layers, task.loss, full, self._teacher, task.threads, task.seed)
+            return output_curvature(
+                task.batched, task.batch, task.layers, task.loss, full, self._teacher, task.threads, task.seed
+            )
         except NeutrinoError:
             return {}
 

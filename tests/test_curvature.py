@@ -59,7 +59,7 @@ def test_it_is_the_second_moment_of_the_gradients() -> None:
     model, batches = network(), inputs(5)
     found = layers(model)
     teacher = Runner(model)
-    curvature = output_curvature(model, found, Loss("classes", ("logits",)), batches, teacher, 1, seed=3)
+    curvature = output_curvature(model, BATCH, found, Loss("classes", ("logits",)), batches, teacher, 1, seed=3)
     generator = np.random.default_rng(3)
     logit_moment = np.zeros((CLASSES, CLASSES))
     for batch in batches:
@@ -78,7 +78,7 @@ def test_it_is_the_second_moment_of_the_gradients() -> None:
 def test_with_many_draws_it_is_the_fisher_information() -> None:
     model, batches = network(), inputs(1) * 200
     teacher = Runner(model)
-    found = output_curvature(model, layers(model), Loss("classes", ("logits",)), batches, teacher, 1, seed=0)
+    found = output_curvature(model, BATCH, layers(model), Loss("classes", ("logits",)), batches, teacher, 1, seed=0)
     p = softmax(np.asarray(teacher(batches[0])[0], np.float32)).astype(np.float64)
     fisher = np.mean([np.diag(row) - np.outer(row, row) for row in p], axis=0)
     assert np.linalg.norm(found["gemm"] - fisher) < 0.1 * np.linalg.norm(fisher)
