@@ -26,14 +26,13 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from onnxneutrino import heap, metrics, prepare
-from onnxneutrino.allocate import Option, allocate
+from onnxneutrino.allocate import allocate
 from onnxneutrino.candidates import Point, candidates, options
 from onnxneutrino.conductor import make_task, mark, whole_cost
 from onnxneutrino.config import Config, load_config
 from onnxneutrino.data import Dataset, deciding
-from onnxneutrino.factors import Factors
 from onnxneutrino.graph import load, save
-from onnxneutrino.layer_options import LayerOptions, cost_unit
+from onnxneutrino.layer_options import LayerOptions, chains, cost_unit
 from onnxneutrino.plan import FORMS
 from onnxneutrino.task import Marked, Network, Task, build
 from onnxneutrino.workbench import Workbench
@@ -125,8 +124,8 @@ def measure(path: Path, output: Path, images: int, ratio: float, metric_name: st
     with watch.phase("cp where considered"):
         best = bench.challenged(plans["all"])
     with watch.phase("factors of every plan"):
-        made = {form: len(_factors(fits, plan)) for form, plan in plans.items()}
-        factors = _factors(fits, best)
+        made = {form: len(chains(fits, plan, task.threads)) for form, plan in plans.items()}
+        factors = chains(fits, best, task.threads)
     with watch.phase("write"):
         save(build(task, Network(factors)), output, source.external)
     return {
@@ -147,10 +146,6 @@ def _of_form(point: Point, form: str) -> bool:
 
 def _has_form(points: list[Point], form: str) -> bool:
     return any(point.choice is not None and point.choice.form == form for point in points)
-
-
-def _factors(fits: Mapping[str, LayerOptions], plan: Mapping[str, Option]) -> dict[str, Factors]:
-    return {name: fits[name].factors(option.choice) for name, option in plan.items() if option.choice is not None}
 
 
 def _task(marked: Marked, config: Config, metric: metrics.Metric, dataset: Dataset) -> Task:

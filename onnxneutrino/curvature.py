@@ -8,12 +8,12 @@ labels drawn from the model's own softmax; no true labels are needed. An error `
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnxneutrino.calibrate import Run
 from onnxneutrino.finetune import Example, Trainer
@@ -23,6 +23,7 @@ from onnxneutrino.plan import Array, Layer
 from onnxneutrino.training_copy import training_copy
 
 SUFFIX = "/onnxneutrino/zero"
+LARGE = 1024
 
 
 def output_curvature(
@@ -54,7 +55,7 @@ def output_curvature(
     fed = {value.name: tuple(int(size or 1) for size in declared_shape(value) or ()) for value in real_inputs(copy)}
     types = tensor_types(copy, fed)
     shapes = {layer.output: types[layer.output].shape for layer in layers}
-    copy = with_zeros(copy, shapes)
+    copy, weights = with_weights_fed(with_zeros(copy, shapes), {name + SUFFIX for name in shapes})
     sums = {layer.name: np.zeros((len(layer.bias), len(layer.bias))) for layer in layers}
     generator = np.random.default_rng(seed)
     hard = dataclasses.replace(loss, label_weight=1.0, temperature=1.0)
@@ -62,7 +63,7 @@ def output_curvature(
     with Trainer(copy, [name + SUFFIX for name in shapes], hard, threads) as trainer:
         for inputs in batches:
             logits = teacher(inputs)
-            gradients = trainer.gradients(Example(dict(inputs), logits, _draw(logits[0], generator)))
+            gradients = trainer.gradients(Example({**inputs, **weights}, logits, _draw(logits[0], generator)))
             count += len(logits[0])
             for layer in layers:
                 # The loss is a mean over the batch; one example's own gradient is that many times as large.
@@ -104,3 +105,26 @@ def with_zeros(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> ModelP
         copy.graph.initializer.append(helper.make_tensor(name + SUFFIX, TensorProto.FLOAT, shape, data, raw=True))
     del copy.graph.value_info[:]
     return copy
+
+
+def with_weights_fed(model: ModelProto, kept: Collection[str]) -> tuple[ModelProto, dict[str, NDArray[Any]]]:
+    """A copy whose large float initializers, those in `kept` aside, are inputs, and their values.
+
+    The training runtime builds its graphs through about eight copies of what a model holds: for a gradient or two
+    it is much cheaper to hand the weights in.
+    """
+    copy = copied(model)
+    weights: dict[str, NDArray[Any]] = {}
+    listed = {value.name for value in copy.graph.input}
+    left = []
+    for tensor in copy.graph.initializer:
+        if tensor.name in kept or tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < LARGE:
+            left.append(tensor)
+            continue
+        weights[tensor.name] = np.array(numpy_helper.to_array(tensor))
+        if tensor.name not in listed:
+            copy.graph.input.append(helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, list(tensor.dims)))
+    own = [TensorProto.FromString(tensor.SerializeToString()) for tensor in left]
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(own)
+    return copy, weights

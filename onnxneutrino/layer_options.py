@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 from onnxneutrino.allocate import Option
@@ -114,3 +115,11 @@ class LayerOptions:
         found = cp_challenger(self.layer, option, self.fits["cp"], self._unit)
         self._release()
         return found
+
+
+def chains(fitted: Mapping[str, LayerOptions], choices: Mapping[str, Option], threads: int) -> dict[str, Factors]:
+    """The chains of a plan, layers side by side; layers that stay whole are left out."""
+    plan = {name: option.choice for name, option in choices.items() if option.choice is not None}
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(lambda name: fitted[name].factors(plan[name]), plan)
+        return dict(zip(plan, found, strict=True))

@@ -6,7 +6,7 @@ Against it a compressed network is refitted (each layer's original outputs) and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from onnxneutrino.data import Inputs, Split
 from onnxneutrino.losses import Loss, softmax
 from onnxneutrino.plan import Array, Geometry, Layer
 
+RunNamed = Callable[[Inputs], Mapping[str, NDArray[Any]]]
 PROBE_BYTES = 64 << 20
 PROBE_IMAGES = (64, 2048)
 REFIT_ROWS = 8192
@@ -57,15 +58,15 @@ def probe_batches(split: Split, size: int, seed: int, images: int | None = None)
 
 
 def take_probe(
-    batches: Sequence[Inputs], layers: Sequence[Layer], run_outputs: Run, run_layers: Run, seed: int
+    batches: Sequence[Inputs], layers: Sequence[Layer], outputs: Sequence[str], run: RunNamed, seed: int
 ) -> Probe:
     """Run the original on the probe.
 
     Args:
         batches: the inputs.
         layers: whose outputs to keep.
-        run_outputs: gives the tensors that the loss reads.
-        run_layers: gives each layer's output, in the order of `layers`.
+        outputs: the tensors that the loss reads.
+        run: gives these tensors and the layers' outputs by name.
         seed: of the sampled positions.
     """
     sizes = [len(next(iter(batch.values()))) for batch in batches]
@@ -75,15 +76,13 @@ def take_probe(
         for layer in layers
     }
     targets: dict[str, list[Array]] = {layer.name: [] for layer in layers}
+    originals = []
     for index, batch in enumerate(batches):
-        for layer, tensor in zip(layers, run_layers(batch), strict=True):
-            targets[layer.name].append(outputs_at(layer, tensor, positions[layer.name][index]))
-    return Probe(
-        batches,
-        [run_outputs(batch) for batch in batches],
-        positions,
-        {name: np.concatenate(rows) for name, rows in targets.items()},
-    )
+        values = run(batch)
+        originals.append([values[name] for name in outputs])
+        for layer in layers:
+            targets[layer.name].append(outputs_at(layer, values[layer.output], positions[layer.name][index]))
+    return Probe(batches, originals, positions, {name: np.concatenate(rows) for name, rows in targets.items()})
 
 
 def features_at(probe: Probe, layer: Layer, geometry: Geometry, run: Run) -> Array:

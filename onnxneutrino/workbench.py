@@ -25,12 +25,12 @@ from onnxneutrino.curvature import output_curvature
 from onnxneutrino.data import Split
 from onnxneutrino.errors import NeutrinoError, TrainingError
 from onnxneutrino.factors import Moments, stage_geometries
-from onnxneutrino.layer_options import LayerOptions
+from onnxneutrino.layer_options import LayerOptions, chains
 from onnxneutrino.passes.factorize import last_stage, read_factors, stage_names
 from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Array, Layer
 from onnxneutrino.prepare import evaluate
-from onnxneutrino.probe import Probe, divergence, features_at, probe_batches, take_probe
+from onnxneutrino.probe import Probe, RunNamed, divergence, features_at, probe_batches, take_probe
 from onnxneutrino.refit import refit
 from onnxneutrino.runtime import Runner
 from onnxneutrino.search import Candidate
@@ -72,13 +72,7 @@ class Workbench:
         self._layers = {layer.name: layer for layer in task.layers}
         self._teacher = Runner(task.batched, task.loss.outputs, threads=task.threads)
         batches = probe_batches(task.train, task.evaluation_batch, task.seed, images)
-        self.probe: Probe = take_probe(
-            batches,
-            task.layers,
-            self._teacher,
-            Runner(task.batched, [layer.output for layer in task.layers], threads=task.threads),
-            task.seed,
-        )
+        self.probe: Probe = take_probe(batches, task.layers, task.loss.outputs, _by_name(task), task.seed)
         self._curvature = self._output_curvature()  # before the moments: both are large
         wanted = min(images_needed(task.layers), len(task.train)) if images is None else images
         moments, self.calibration_images = self._moments(Network(), wanted, calibration_seconds)
@@ -168,7 +162,9 @@ class Workbench:
 
     def challenged(self, choices: Mapping[str, Option]) -> Mapping[str, Option]:
         """The plan with layers swapped to CP where that fits better at equal cost."""
-        return {name: self._original[name].challenger(option) for name, option in choices.items()}
+        with ThreadPoolExecutor(self.task.threads) as pool:
+            found = pool.map(lambda name: self._original[name].challenger(choices[name]), choices)
+            return dict(zip(choices, found, strict=True))
 
     # --- networks -------------------------------------------------------------------------------------------
 
@@ -176,11 +172,7 @@ class Workbench:
         """Factors of the plan, refitted to the original's outputs, and the divergence."""
         start = time.perf_counter()
         fitted = self._fitted(source)
-        factors = {
-            layer: fitted[layer].factors(option.choice)
-            for layer, option in choices.items()
-            if option.choice is not None
-        }
+        factors = chains(fitted, choices, self.task.threads)
         made = [Network(factors, {} if source is None else source.network.arrays)]
         made.append(self._refitted(made[0], name))
         # A trained network has left the original's features; going back to them can cost more than it mends.
@@ -327,3 +319,10 @@ class Workbench:
         task = self.task
         model = build(task, network, batched=True)
         return evaluate(model, split, task.metric, task.evaluation_batch, task.threads, task.batched)
+
+
+def _by_name(task: Task) -> RunNamed:
+    """Run the original for what the loss reads and what the layers put out, in one go."""
+    names = list(dict.fromkeys([*task.loss.outputs, *(layer.output for layer in task.layers)]))
+    runner = Runner(task.batched, names, threads=task.threads)
+    return lambda inputs: dict(zip(names, runner(inputs), strict=True))

@@ -26,7 +26,7 @@ def normal(*shape: int, seed: int = 0) -> NDArray[np.float32]:
 def conv(name: str = "conv", outputs: int = 5) -> Layer:
     geometry = Geometry((3, 3), (2, 1), (1, 0, 1, 2))
     return Layer(
-        name, "Conv", "conv2d", "x", "y", (name,), normal(outputs, 2, 3, 3), normal(outputs), geometry, (7, 6), 24,
+        name, "Conv", "conv2d", "x", f"{name}/y", (name,), normal(outputs, 2, 3, 3), normal(outputs), geometry, (7, 6), 24,
         (outputs, 2, 3, 3),
     )  # fmt: skip
 
@@ -54,8 +54,11 @@ def test_the_layer_applied_to_its_features_gives_its_targets() -> None:
     probe = take_probe(
         batches,
         layers,
-        lambda feed: [feed["x"].sum(axis=(1, 2, 3))],
-        lambda feed: [output_of(layer, feed["x"]) for layer in layers],
+        ["sums"],
+        lambda feed: {
+            "sums": feed["x"].sum(axis=(1, 2, 3)),
+            **{layer.output: output_of(layer, feed["x"]) for layer in layers},
+        },
         seed=0,
     )
     assert [len(outputs[0]) for outputs in probe.outputs] == [8, 8, 3]
@@ -73,7 +76,7 @@ def test_positions_are_limited_differ_and_repeat_with_the_seed(monkeypatch: pyte
 
     def take(seed: int) -> list[NDArray[np.int64]]:
         batches = [{"x": normal(10, 2, 7, 6, seed=index)} for index in range(2)]
-        probe = take_probe(batches, [layer], lambda f: [f["x"]], lambda f: [output_of(layer, f["x"])], seed)
+        probe = take_probe(batches, [layer], ["x"], lambda f: {**f, layer.output: output_of(layer, f["x"])}, seed)
         assert len(probe.targets[layer.name]) == 60
         return list(probe.positions[layer.name])
 
