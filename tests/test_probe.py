@@ -26,9 +26,19 @@ def normal(*shape: int, seed: int = 0) -> NDArray[np.float32]:
 def conv(name: str = "conv", outputs: int = 5) -> Layer:
     geometry = Geometry((3, 3), (2, 1), (1, 0, 1, 2))
     return Layer(
-        name, "Conv", "conv2d", "x", f"{name}/y", (name,), normal(outputs, 2, 3, 3), normal(outputs), geometry, (7, 6), 24,
+        name,
+        "Conv",
+        "conv2d",
+        "x",
+        f"{name}/y",
+        (name,),
+        normal(outputs, 2, 3, 3),
+        normal(outputs),
+        geometry,
+        (7, 6),
+        24,
         (outputs, 2, 3, 3),
-    )  # fmt: skip
+    )
 
 
 def split(rows: NDArray[Any]) -> IndexedSplit:
