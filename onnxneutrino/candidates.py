@@ -39,7 +39,7 @@ def candidates(layer: Layer, decompositions: Mapping[Form, Decomposition]) -> tu
 
     Chains that save less than a quarter of the layer, in params and in MACs, are left out.
     """
-    whole = Point(None, layer.params, layer.macs, 0.0)
+    whole = whole_point(layer)
     points = [whole]
     for form, decomposition in decompositions.items():
         if form == "cp":
@@ -80,6 +80,11 @@ def cp_challenger(layer: Layer, chosen: Option, cp: Decomposition, cost: Cost, s
     return challenger if challenger.loss <= CP_GAIN * chosen.loss else chosen
 
 
+def whole_point(layer: Layer) -> Point:
+    """Params and MACs of `layer` as it is."""
+    return Point(None, layer.params, layer.macs, 0.0)
+
+
 def point(layer: Layer, choice: Choice, error: float = float("nan")) -> Point:
     """Params and MACs of `layer` written as `choice`, from shapes alone."""
     stages = skeleton(choice.form, layer.weight.shape, choice.ranks)
@@ -117,7 +122,7 @@ def rank_grid(layer: Layer, form: Form) -> list[tuple[int, ...]]:
 
 def _useful(layer: Layer, form: Form) -> int:
     """The largest rank at which a form of one rank gains anything; 0 for none."""
-    whole = Point(None, layer.params, layer.macs, 0.0)
+    whole = whole_point(layer)
     limit = full_ranks(form, layer.weight.shape)[0]
     return _largest(lambda rank: _gains(point(layer, Choice(form, (rank,))), whole), limit)
 

@@ -17,7 +17,7 @@ from onnx import ModelProto
 from threadpoolctl import threadpool_limits
 
 from onnxneutrino import cost, metrics, prepare
-from onnxneutrino.candidates import Point
+from onnxneutrino.candidates import whole_point
 from onnxneutrino.config import Config
 from onnxneutrino.data import Dataset, Deciding, Inputs, deciding
 from onnxneutrino.errors import ModelError, OutputError
@@ -258,7 +258,7 @@ def make_task(
 
 def whole_cost(layer: Layer, objective: str) -> float:
     """Cost of a layer as it is, in the unit of the objective."""
-    return cost_unit(layer, objective)(Point(None, layer.params, layer.macs, 0.0))
+    return cost_unit(layer, objective)(whole_point(layer))
 
 
 def total_cost(model: ModelProto, types: Mapping[str, TensorType], objective: str) -> float:

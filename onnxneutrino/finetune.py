@@ -105,6 +105,21 @@ def untrainable(model: ModelProto, trainable: Sequence[str], outputs: Sequence[s
     return faults[::-1]
 
 
+def check_gradients(model: ModelProto, trainable: Sequence[str], outputs: Sequence[str]) -> None:
+    """Refuse a training copy with an operator that has no right gradient on the way to the loss.
+
+    Raises:
+        TrainingError: names the first such node and all such operators.
+    """
+    faults = untrainable(model, trainable, outputs)
+    if faults:
+        kinds = ", ".join(sorted({operator for _, operator in faults}))
+        raise TrainingError(
+            f"node '{faults[0][0]}': ONNX Runtime training has no right gradient for {kinds}; "
+            "use --trainer none (factors and refit, no fine-tuning), or export without it"
+        )
+
+
 def _has_gradient(node: onnx.NodeProto) -> bool:
     if node.op_type not in TRAINABLE_OPERATORS:
         return False
@@ -135,13 +150,7 @@ class Trainer:
             TrainingError: an operator between a trainable initializer and the loss has no right gradient, or
                 the training runtime refuses the graph.
         """
-        faults = untrainable(model, trainable, loss.outputs)
-        if faults:
-            kinds = sorted({operator for _, operator in faults})
-            raise TrainingError(
-                f"node '{faults[0][0]}': ONNX Runtime training has no right gradient for {', '.join(kinds)}; "
-                "use --trainer none (factors and refit, no fine-tuning), or export without it"
-            )
+        check_gradients(model, trainable, loss.outputs)
         self.loss = loss
         self._folder = tempfile.TemporaryDirectory(prefix="onnxneutrino-")
         graph_model, self._feeds = with_loss(model, loss)

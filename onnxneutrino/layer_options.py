@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 from onnxneutrino.allocate import Option
-from onnxneutrino.candidates import Point, candidates, cp_challenger, options, point, spread
+from onnxneutrino.candidates import Point, candidates, cp_challenger, options, point, spread, whole_point
 from onnxneutrino.factor_fit import Decomposition
 from onnxneutrino.factors import Factors, Moments
 from onnxneutrino.forms import decompose, decompose_all
@@ -64,7 +64,7 @@ class LayerOptions:
     @cached_property
     def whole(self) -> Option:
         """The layer as it is in the original."""
-        return Option(None, self._unit(Point(None, self.layer.params, self.layer.macs, 0.0)), 0.0)
+        return Option(None, self._unit(whole_point(self.layer)), 0.0)
 
     @cached_property
     def options(self) -> list[Option]:

@@ -153,10 +153,4 @@ def check_trainable(task: Task) -> None:
         )
     copy = training_copy(task.batched, task.batch)
     weights = [name for layer in task.layers for name in layer.initializers]
-    faults = finetune.untrainable(copy, [*weights, *task.trainable], task.loss.outputs)
-    if faults:
-        kinds = ", ".join(sorted({operator for _, operator in faults}))
-        raise TrainingError(
-            f"node '{faults[0][0]}': ONNX Runtime training has no right gradient for {kinds}; use "
-            "--trainer none (factors and refit, no fine-tuning)"
-        )
+    finetune.check_gradients(copy, [*weights, *task.trainable], task.loss.outputs)
