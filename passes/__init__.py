@@ -19,6 +19,7 @@ from onnxneutrino.passes import (
     lower_auto_pad,
     lower_batchnorm,
     lower_constants,
+    lower_hard,
     slim,
 )
 
@@ -37,6 +38,7 @@ LOWER: tuple[Pass, ...] = (
     drop_identity.run,
     lower_batchnorm.run,
     lower_auto_pad.run,
+    lower_hard.run,
     drop_unused.run,
 )
 OTHERS: tuple[str, ...] = ("find_layers", "factorize", "free_batch")
