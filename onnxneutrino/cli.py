@@ -120,7 +120,11 @@ def main() -> None:
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these nodes alone; repeatable.")
 @click.option("--only", multiple=True, metavar="PATTERN", help="Factorize these nodes only; repeatable.")
 @click.option("--labels/--no-labels", default=None, help="Train against labels and teacher, or teacher alone.")
-@click.option("--trainer", type=click.Choice(["ort", "none"]), help="none: factors and refit, no fine-tuning.")
+@click.option(
+    "--trainer",
+    type=click.Choice(["ort", "reconstruct", "none"]),
+    help="reconstruct: block by block, without labels. none: factors and refit, no fine-tuning.",
+)
 @click.option("--confidence", type=float, help="One-sided, that a drop is within delta; default 0.8.")
 @click.option("--dry-run", is_flag=True, default=None, help="Everything up to the first training step; writes nothing.")
 @click.option("--quiet", is_flag=True, help="No progress.")

@@ -20,9 +20,9 @@ from onnxneutrino import cost, metrics, prepare
 from onnxneutrino.candidates import whole_point
 from onnxneutrino.config import Config
 from onnxneutrino.data import Dataset, Deciding, Inputs, deciding
-from onnxneutrino.errors import ModelError, OutputError
+from onnxneutrino.errors import ModelError, OutputError, TrainingError
 from onnxneutrino.formats import format_metric, format_ratio
-from onnxneutrino.graph import TensorType, check, check_writable, fixed_shapes, load, save
+from onnxneutrino.graph import TensorType, check, check_writable, load, save
 from onnxneutrino.layer_options import cost_unit
 from onnxneutrino.normalize import normalize
 from onnxneutrino.passes.find_layers import find_layers
@@ -31,12 +31,13 @@ from onnxneutrino.report import CandidateRow, Event, Report
 from onnxneutrino.runtime import Runner, random_inputs, runtime_conflict
 from onnxneutrino.search import Candidate, Settings, accepted, search
 from onnxneutrino.summary import Chosen, candidate_row, make_report, with_file_size
-from onnxneutrino.task import Marked, Task, build, check_trainable, trainable_initializers
+from onnxneutrino.task import Marked, Task, build, trainable_initializers
+from onnxneutrino.training_plan import plan_training
+from onnxneutrino.weights import stored_bytes
 from onnxneutrino.workbench import Workbench
 
 Tell = Callable[[Event], None]
 CALIBRATION_SHARE = 0.1
-TRAINING_BATCH = 64
 SAMPLES = 3
 VERIFICATIONS = 3
 VERIFY_SECONDS = 5.0
@@ -44,10 +45,11 @@ VERIFY_SECONDS = 5.0
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The compressed model and the report of the run; `model` is None after a dry run."""
+    """The compressed model (None after a dry run), the report, and the inputs' shapes at batch 1 during the run."""
 
     model: ModelProto | None
     report: Report
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 class Clock:
@@ -134,8 +136,9 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     prepare.check_not_chance(value, metric, opened, config)
     clock.tell("", f"{name}: {metric.name} {format_metric(value)} on {len(rows)} test examples")
     task = make_task(marked, config, metric, dataset, judges, rows, batch)
-    if config.trainer == "ort":
-        check_trainable(task)
+    if config.trainer != "none":
+        clock.phase("check gradients")
+        task = with_training(task, config, warnings)
     clock.phase("calibrate")
     bench = Workbench(task, CALIBRATION_SHARE * config.time_limit, lambda what, share: clock.tell(what))
     reserve = VERIFICATIONS * evaluation_seconds + VERIFY_SECONDS
@@ -144,7 +147,7 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
         z=NormalDist().inv_cdf(config.confidence),
         stage=config.stage,
         time_limit=config.time_limit,
-        train=config.trainer == "ort",
+        train=task.training is not None,
         dry_run=config.dry_run,
         seed=config.seed,
     )
@@ -176,7 +179,7 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     )
     clock.phase("")
     final = None if config.dry_run else build(task, chosen.network)
-    return Result(final, dataclasses.replace(report, seconds=clock.seconds))
+    return Result(final, dataclasses.replace(report, seconds=clock.seconds), opened.shapes)
 
 
 def candidate_line(candidate: Candidate, ok: bool, full_cost: float) -> str:
@@ -248,12 +251,34 @@ def make_task(
         original_rows=original_rows,
         objective=config.objective,
         rest=total_cost(marked.model, marked.types, config.objective) - whole,
-        batch=min(TRAINING_BATCH, len(dataset.train)) if marked.freed else 1,
+        batch=min(prepare.training_batch(marked.model, marked.types), len(dataset.train)) if marked.freed else 1,
         evaluation_batch=batch,
         threads=config.threads,
         seed=config.seed,
         labels=config.labels,
     )
+
+
+def with_training(task: Task, config: Config, warnings: list[str]) -> Task:
+    """The task with the way in which it is trained; without one, and a warning, where nothing can be."""
+    first = next(iter(task.train.batches(task.batch, seed=task.seed, augment=True)))
+    try:
+        plan = plan_training(
+            task.batched,
+            task.types,
+            task.layers,
+            task.trainable,
+            task.loss,
+            first.inputs,
+            batch=task.batch,
+            reconstruct=config.trainer == "reconstruct",
+            threads=task.threads,
+        )
+    except TrainingError as error:
+        warnings.append(f"nothing is fine-tuned, factors and refit only: {error}")
+        return task
+    warnings.extend(plan.warnings)
+    return dataclasses.replace(task, training=plan)
 
 
 def whole_cost(layer: Layer, objective: str) -> float:
@@ -264,7 +289,7 @@ def whole_cost(layer: Layer, objective: str) -> float:
 def total_cost(model: ModelProto, types: Mapping[str, TensorType], objective: str) -> float:
     """Cost of a whole graph, in the unit that `cost_unit` counts layers in."""
     if objective == "size":
-        return float(len(model.SerializeToString()))
+        return float(stored_bytes(model))
     if objective == "memory":
         return float(cost.memory_bytes(model, types))
     if objective in ("macs", "latency"):
@@ -332,7 +357,7 @@ def compress_file(source: Path, target: Path, config: Config, tell: Tell = lambd
         # Before the model takes its place: where the disk cannot hold the report, nothing is written.
         _write(temporary, result.report, report_path)
         save(result.model, target, given.external)
-        verify_file(target, result.model, config)
+        verify_file(target, result, config)
         report = with_file_size(result.report, cost.size_bytes(target))
         _write(temporary, report, report_path)
         os.replace(temporary, report_path)
@@ -348,15 +373,16 @@ def _write(temporary: Path, report: Report, path: Path) -> None:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def verify_file(path: Path, model: ModelProto, config: Config) -> None:
+def verify_file(path: Path, result: Result, config: Config) -> None:
     """Load the written file again, check it and compare what it computes with the model that was measured.
 
     Raises:
         OutputError: the file does not give the same outputs; it is removed.
     """
     written = load(path).model
-    shapes = fixed_shapes(written, config.input_shape)
-    inputs = random_inputs(written, shapes, config.seed)
+    model = result.model
+    assert model is not None
+    inputs = random_inputs(written, result.shapes, config.seed)
     names = [value.name for value in model.graph.output]
     try:
         check(written, path.name)

@@ -23,7 +23,7 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 OBJECTIVES = ("params", "macs", "size", "memory", "latency")
-TRAINERS = ("ort", "none")
+TRAINERS = ("ort", "reconstruct", "none")
 LAYOUTS = ("NCHW", "NHWC")
 AUGMENTATIONS = ("crop4", "hflip")
 

@@ -100,7 +100,7 @@ def summary(report: Report) -> RenderableType:
 def outlook(report: Report) -> RenderableType:
     """Show what a dry run found and what would follow: the layers, the time, and a rough size within reach."""
     marked = [layer for layer in report.layers if layer.reason is None]
-    training = report.settings["trainer"] == "ort"
+    training = report.settings["trainer"] != "none"
     goal, within = (OUTLOOK_DROP, "three delta") if training else (1.0, "delta")
     plans = [row for row in report.candidates if row.drop is not None and row.drop <= goal * report.delta]
     smallest = min(plans, key=lambda row: row.cost, default=None)

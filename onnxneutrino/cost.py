@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +52,9 @@ class _Constant:
 def params(model: ModelProto) -> int:
     """Count the elements of all float constants the graph outputs depend on.
 
-    Initializers and Constant nodes of float16, bfloat16, float32 and float64, BatchNormalization statistics
-    and the bodies of If, Loop and Scan included; a constant that several nodes share counts once, a sparse
-    one its stored values.
+    Initializers and Constant nodes of float16, bfloat16, float32 and float64, integers that a DequantizeLinear
+    reads, BatchNormalization statistics and the bodies of If, Loop and Scan included; a constant that several
+    nodes share counts once, a sparse one its stored values.
     """
     return sum(constant.elements for constant in _needed_constants(model.graph) if constant.floating)
 
@@ -249,6 +249,9 @@ def _constants(graph: GraphProto) -> dict[str, _Constant]:
     for node in graph.node:
         if node.op_type == "Constant" and node.attribute:
             found[node.output[0]] = _constant_node(node.attribute[0])
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in found:
+            found[node.input[0]] = replace(found[node.input[0]], floating=True)  # weights, stored as integers
     return found
 
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper
 
 from onnxneutrino.calibrate import Run
 from onnxneutrino.finetune import Example, Trainer
-from onnxneutrino.graph import copied, declared_shape, real_inputs, tensor_types
-from onnxneutrino.losses import Loss, softmax
+from onnxneutrino.graph import TensorType, copied, declared_shape, real_inputs, tensor_types
+from onnxneutrino.losses import Loss, rows, softmax
 from onnxneutrino.plan import Array, Layer
 from onnxneutrino.training_copy import training_copy
+from onnxneutrino.weights import array
 
 SUFFIX = "/onnxneutrino/zero"
 LARGE = 1024
@@ -35,6 +36,7 @@ def output_curvature(
     teacher: Run,
     threads: int,
     seed: int,
+    types: Mapping[str, TensorType] | None = None,
 ) -> dict[str, Array]:
     """`G`, `(O, O)`, of every layer of a classifier.
 
@@ -47,14 +49,15 @@ def output_curvature(
         teacher: gives the original's logits.
         threads: for the runtime.
         seed: of the drawn labels.
+        types: of the inputs at batch 1, where the model leaves more than the batch free.
 
     Raises:
         TrainingError: the network cannot be differentiated.
     """
-    copy = training_copy(model, batch)
+    copy = training_copy(model, batch, types)
     fed = {value.name: tuple(int(size or 1) for size in declared_shape(value) or ()) for value in real_inputs(copy)}
-    types = tensor_types(copy, fed)
-    shapes = {layer.output: types[layer.output].shape for layer in layers}
+    seen = tensor_types(copy, fed)
+    shapes = {layer.output: seen[layer.output].shape for layer in layers}
     copy, weights = with_weights_fed(with_zeros(copy, shapes), {name + SUFFIX for name in shapes})
     sums = {layer.name: np.zeros((len(layer.bias), len(layer.bias))) for layer in layers}
     generator = np.random.default_rng(seed)
@@ -67,14 +70,14 @@ def output_curvature(
             count += len(logits[0])
             for layer in layers:
                 # The loss is a mean over the batch; one example's own gradient is that many times as large.
-                rows = _by_output(layer, gradients[layer.output + SUFFIX]) * len(logits[0])
-                sums[layer.name] += rows.T @ rows
+                own = _by_output(layer, gradients[layer.output + SUFFIX]) * len(logits[0])
+                sums[layer.name] += own.T @ own
     return {name: np.asarray(total / max(count, 1), np.float32) for name, total in sums.items()}
 
 
 def _draw(logits: NDArray[Any], generator: np.random.Generator) -> NDArray[np.int64]:
     """One label for each row, with the probabilities of its softmax."""
-    cumulated = np.cumsum(softmax(np.asarray(logits, np.float32)), axis=-1)
+    cumulated = np.cumsum(softmax(rows(logits)), axis=-1)
     drawn = generator.random((len(logits), 1)) * cumulated[:, -1:]
     return np.asarray((cumulated < drawn).sum(axis=-1), np.int64)
 
@@ -121,7 +124,7 @@ def with_weights_fed(model: ModelProto, kept: Collection[str]) -> tuple[ModelPro
         if tensor.name in kept or tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < LARGE:
             left.append(tensor)
             continue
-        weights[tensor.name] = np.array(numpy_helper.to_array(tensor))
+        weights[tensor.name] = np.array(array(tensor))
         if tensor.name not in listed:
             copy.graph.input.append(helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, list(tensor.dims)))
     own = [TensorProto.FromString(tensor.SerializeToString()) for tensor in left]

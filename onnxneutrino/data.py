@@ -21,7 +21,7 @@ from onnxneutrino.data_npz import open_npz
 from onnxneutrino.data_values import Batch, Dataset, Deciding, IndexedSplit, Inputs, InputSpec, Rows, Split
 from onnxneutrino.errors import DataError
 
-__all__ = ["Batch", "Dataset", "Deciding", "InputSpec", "Inputs", "Split", "deciding", "open_data"]
+__all__ = ["Batch", "Dataset", "Deciding", "IndexedSplit", "InputSpec", "Inputs", "Split", "deciding", "open_data"]
 
 RANDOM_EXAMPLES = 256
 _STOP, _HALVES, _RANDOM = 1, 2, 3  # one stream of random numbers for each use of the seed

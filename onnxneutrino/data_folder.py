@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from onnxneutrino.config import DataConfig
+from onnxneutrino.data_checks import shape_text
 from onnxneutrino.data_images import Preprocess, preprocess
 from onnxneutrino.data_values import IndexedSplit, Inputs, InputSpec, Rows
 from onnxneutrino.errors import DataError
@@ -64,6 +65,8 @@ def open_folder(
     listed = {name: _listed(path / name, names) for name in ("train", "val", "test") if (path / name).is_dir()}
     first = listed["train"][0][0]
     size, grey = _geometry(first, config.layout, spec)
+    if len(spec.example) == 3 and None in spec.example:
+        _check_one_size([file for files, _ in listed.values() for file in files], spec)
     shape = size if grey else (*size, 3)
     prepare = preprocess(config, spec, shape, np.dtype(np.uint8), str(path))
     splits: dict[str, IndexedSplit | None] = {"val": None}
@@ -112,13 +115,32 @@ def _listed(path: Path, names: Sequence[str]) -> tuple[list[Path], NDArray[np.in
     return files, np.array(labels, dtype=np.int64)
 
 
+def _check_one_size(files: Sequence[Path], spec: InputSpec) -> None:
+    """Refuse images of several sizes for an input that takes any: what they should become is not for us to say."""
+    known: dict[tuple[int, int], Path] = {}
+    for file in files:
+        known.setdefault(_image_size(file), file)
+        if len(known) > 1:
+            (one, first), (other, second) = known.items()
+            shape = "x".join("?" if size is None else str(size) for size in (1, *spec.example))
+            raise DataError(
+                f"{second}: has {shape_text(other)} pixels, {first.name} has {shape_text(one)}, and the size of the "
+                f"input '{spec.name}' is free; fix it with --input-shape {spec.name}={shape} (a number for each ?)"
+            )
+
+
+def _image_size(file: Path) -> tuple[int, int]:
+    """Height and width, from the head of the file."""
+    try:
+        with Image.open(file) as image:
+            return image.height, image.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file}: cannot be read as an image; replace or remove it") from error
+
+
 def _geometry(first: Path, layout: str, spec: InputSpec) -> tuple[tuple[int, int], bool]:
     """Height and width to decode to, and whether grey; the first image gives what the input leaves open."""
-    try:
-        with Image.open(first) as image:
-            height, width = image.height, image.width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{first}: cannot be read as an image; replace or remove it") from error
+    height, width = _image_size(first)
     if len(spec.example) != 3:
         known = [axis for axis in spec.example if axis is not None]
         return (height, width), len(known) == len(spec.example) and int(np.prod(known)) == height * width

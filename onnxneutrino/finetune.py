@@ -28,26 +28,32 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
 from onnxneutrino.errors import TrainingError
-from onnxneutrino.graph import RUNTIME_IR
+from onnxneutrino.graph import RUNTIME_IR, element_dtype
 from onnxneutrino.losses import Loss, loss_inputs, with_loss
 from onnxneutrino.runtime import session_options
+from onnxneutrino.walk import reads
 
 Arrays = dict[str, NDArray[Any]]
 MINIMUM_OPSET = 13
 WARMUP_SHARE = 0.05
 MAX_GRADIENT_NORM = 1.0
 TIMED_STEPS = 4
+REFRESHES = 10
 
-# Gradients measured right on the CPU (finite differences behind a trainable Conv, ONNX Runtime 1.19.2), and
-# operators whose output does not depend on a float input, through which no gradient is asked.
+# Gradients measured right on the CPU (fixtures/operators, ONNX Runtime 1.19.2).
 # fmt: off
 TRAINABLE_OPERATORS = frozenset((
     "Conv", "Gemm", "MatMul", "Relu", "LeakyRelu", "Sigmoid", "Tanh", "Gelu", "Clip", "Max", "Min", "MaxPool",
-    "AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum", "ReduceL2", "Softmax", "LogSoftmax", "Concat",
-    "Split", "Slice", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Tile", "Gather",
+    "AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum", "Softmax", "LogSoftmax", "Concat",
+    "Slice", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Tile", "Gather",
     "Where", "TopK", "Add", "Sub", "Mul", "Div", "Pow", "Exp", "Log", "Sqrt", "Abs", "Neg", "Erf", "Sin", "Cos",
-    "Identity", "Cast", "Dropout", "Constant", "ConstantOfShape", "Shape", "Equal", "Greater", "Less", "Not",
-    "And", "Or", "ArgMax", "ArgMin", "Range",
+    "Identity", "Cast", "Dropout", "Constant", "GatherElements", "GatherND", "ScatterElements", "ScatterND", "Trilu",
+))
+# Their output is a mask, an index, a shape or made of these: no gradient is asked through them.
+WITHOUT_DERIVATIVE = frozenset((
+    "Shape", "Size", "ConstantOfShape", "Range", "Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Not",
+    "And", "Or", "Xor", "IsNaN", "IsInf", "ArgMax", "ArgMin", "NonZero",
+    "EyeLike", "OneHot",
 ))
 # fmt: on
 
@@ -87,22 +93,27 @@ class Trained:
     seconds: float
 
 
-def untrainable(model: ModelProto, trainable: Sequence[str], outputs: Sequence[str]) -> list[tuple[str, str]]:
-    """Nodes `(name, operator)` on the way from a trainable initializer to the loss that have no right gradient."""
+def differentiated(model: ModelProto, trainable: Sequence[str], outputs: Sequence[str]) -> list[onnx.NodeProto]:
+    """Nodes through which a gradient passes on its way from `outputs` to a trainable initializer."""
     reached = set(trainable)
     after: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        if reached & set(node.input):
+        if carries_gradient(node) and not reached.isdisjoint(reads(node)):
             reached |= set(node.output)
             after.append(node)
     needed = set(outputs)
-    faults = []
+    found = []
     for node in reversed(after):
         if needed & set(node.output):
-            needed |= set(node.input)
-            if node.domain not in ("", "ai.onnx") or not _has_gradient(node):
-                faults.append((node.name, node.op_type))
-    return faults[::-1]
+            needed |= set(reads(node))
+            found.append(node)
+    return found[::-1]
+
+
+def untrainable(model: ModelProto, trainable: Sequence[str], outputs: Sequence[str]) -> list[tuple[str, str]]:
+    """Nodes `(name, operator)` on the way from a trainable initializer to the loss that have no right gradient."""
+    passed = differentiated(model, trainable, outputs)
+    return [(node.name, node.op_type) for node in passed if not has_gradient(node)]
 
 
 def check_gradients(model: ModelProto, trainable: Sequence[str], outputs: Sequence[str]) -> None:
@@ -120,14 +131,28 @@ def check_gradients(model: ModelProto, trainable: Sequence[str], outputs: Sequen
         )
 
 
-def _has_gradient(node: onnx.NodeProto) -> bool:
-    if node.op_type not in TRAINABLE_OPERATORS:
+def carries_gradient(node: onnx.NodeProto) -> bool:
+    """Whether a node's output depends on its float inputs' values other than as a mask, an index or a shape."""
+    return node.domain not in ("", "ai.onnx") or node.op_type not in WITHOUT_DERIVATIVE
+
+
+def has_gradient(node: onnx.NodeProto) -> bool:
+    """Whether the training runtime's gradient of this node is known to be right."""
+    if node.domain not in ("", "ai.onnx") or node.op_type not in TRAINABLE_OPERATORS | WITHOUT_DERIVATIVE:
         return False
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if node.op_type == "Pad":
         return bool(attributes.get("mode", b"constant") == b"constant")
+    if node.op_type in ("ScatterElements", "ScatterND"):
+        return bool(attributes.get("reduction", b"none") == b"none")
+    if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+        return False
     if node.op_type == "Conv":
-        return attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+        return attributes.get("group", 1) == 1 or len(attributes.get("kernel_shape", (1, 1))) == 2
+    if node.op_type == "AveragePool":
+        return len(attributes.get("kernel_shape", ())) < 3 and set(attributes.get("dilations", (1,))) == {1}
+    if node.op_type == "MaxPool":
+        return not attributes.get("storage_order", 0)
     return True
 
 
@@ -150,10 +175,11 @@ class Trainer:
             TrainingError: an operator between a trainable initializer and the loss has no right gradient, or
                 the training runtime refuses the graph.
         """
-        check_gradients(model, trainable, loss.outputs)
+        graph_model, feeds = with_loss(model, loss)
+        check_gradients(graph_model, trainable, [value.name for value in graph_model.graph.output])
         self.loss = loss
         self._folder = tempfile.TemporaryDirectory(prefix="onnxneutrino-")
-        graph_model, self._feeds = with_loss(model, loss)
+        self._feeds = dict(zip(feeds, map(_dtype, graph_model.graph.input), strict=True))
         self.batch = int(graph_model.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
         self.trainable = consumed(graph_model, trainable)
         try:
@@ -199,7 +225,11 @@ class Trainer:
     def _inputs(self, example: Example) -> list[NDArray[Any]]:
         values: Arrays = dict(example.inputs)
         values.update(loss_inputs(self.loss, example.teacher, example.labels))
-        return [np.ascontiguousarray(values[name]) for name in self._feeds]
+        return [np.ascontiguousarray(values[name], dtype) for name, dtype in self._feeds.items()]
+
+
+def _dtype(value: onnx.ValueInfoProto) -> np.dtype[Any]:
+    return element_dtype(value.type.tensor_type.elem_type)
 
 
 def consumed(model: ModelProto, names: Sequence[str]) -> list[str]:
@@ -278,6 +308,7 @@ def fine_tune(
     learning_rate: float,
     steps: int | None = None,
     report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    refresh: Callable[[Arrays], None] | None = None,
 ) -> Trained:
     """Train for about `seconds`: the first steps are timed at rate zero and fix the number of steps.
 
@@ -288,6 +319,7 @@ def fine_tune(
         learning_rate: peak of AdamW's learning rate.
         steps: number of steps, when it is known already; nothing is timed then.
         report: called with step, steps and loss about once a second.
+        refresh: called with the arrays as they are, a few times in all.
 
     Raises:
         TrainingError: the loss or a trained array is not finite.
@@ -304,6 +336,8 @@ def fine_tune(
     losses: list[float] = []
     told = time.perf_counter()
     for step in range(steps):
+        if refresh is not None and step and step % max(1, steps // REFRESHES) == 0:
+            refresh(trainer.arrays())
         losses.append(trainer.step(next(examples), schedule.rate(step)))
         if time.perf_counter() - told > 1.0:
             told = time.perf_counter()
@@ -351,5 +385,5 @@ def prefetched(examples: Iterator[Example], depth: int = 2) -> Generator[Example
 
 
 def trainable_arrays(arrays: Mapping[str, NDArray[Any]], names: Sequence[str]) -> list[str]:
-    """Those `names` that are float arrays."""
-    return [name for name in names if name in arrays and arrays[name].dtype == np.float32]
+    """Those `names` that are float arrays, float16 among them: a training copy holds these as float32."""
+    return [name for name in names if name in arrays and arrays[name].dtype in (np.float32, np.float16)]

@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, helper, numpy_helper
+from onnx import ModelProto, helper
 
 from onnxneutrino.finetune import Arrays, Example, Trainer, consumed
 from onnxneutrino.graph import arrays
 from onnxneutrino.losses import Loss, loss_inputs, with_loss
 from onnxneutrino.runtime import Runner
+from onnxneutrino.weights import array
 
-STEPS = (3e-2, 1e-2, 3e-3, 1e-3)
+MOVES = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4)  # of the loss, relative, by the gradient that is checked
+FARTHEST = 3e-2  # of the arrays, relative
 NOISE = 1e-6  # relative noise of a loss in single precision
 
 LossAt = Callable[[Mapping[str, np.ndarray]], float]
@@ -96,16 +98,21 @@ def _derivative(
     own = {name: np.asarray(gradients[name], np.float64) for name in names}
     length, size = _norm(direction), _norm(own)
     if size > 0:
-        direction = {name: direction[name] / length + own[name] / size for name in names}
+        mixed = {name: direction[name] / length + own[name] / size for name in names}
+        if _norm(mixed) > 0:  # the two halves of a direction in one dimension may cancel
+            direction = mixed
         length = _norm(direction)
     direction = {name: value / length for name, value in direction.items()}
     analytic = float(sum(np.sum(own[name] * direction[name]) for name in names))
     start = {name: np.asarray(held[name], np.float64) for name in names}
-    # A step is a share of the arrays' size; of arrays of zeros, of one in each element.
-    unit = _norm(start) or float(np.sqrt(sum(value.size for value in start.values())))
+    # Arrays of zeros are as large as ones would be.
+    farthest = FARTHEST * (_norm(start) or float(np.sqrt(sum(value.size for value in start.values()))))
+    here = abs(loss_at(start))
     best: Derivative | None = None
-    for step in STEPS:
-        change = step * unit
+    for move in MOVES:
+        change = farthest * move / MOVES[0]
+        if analytic:
+            change = min(change, move * here / abs(analytic))
         ahead, behind = (
             loss_at({name: start[name] + sign * change * direction[name] for name in names}) for sign in (1, -1)
         )
@@ -126,7 +133,7 @@ def loss_function(model: ModelProto, names: Sequence[str], loss: Loss, example: 
     graph_model, feeds = with_loss(model, loss)
     graph = graph_model.graph
     moved = set(consumed(graph_model, names))
-    start = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name in moved}
+    start = {tensor.name: array(tensor) for tensor in graph.initializer if tensor.name in moved}
     left = [tensor for tensor in graph.initializer if tensor.name not in moved]
     graph.input.extend(
         helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))

@@ -20,6 +20,7 @@ from onnx import (
     numpy_helper,
 )
 
+from onnxneutrino import weights
 from onnxneutrino.errors import ModelError
 from onnxneutrino.shapes import (
     TensorType,
@@ -27,6 +28,7 @@ from onnxneutrino.shapes import (
     declared_shape,
     element_dtype,
     fixed_shapes,
+    has_free_sizes,
     inferred,
     real_inputs,
     set_shape,
@@ -70,6 +72,7 @@ __all__ = [
     "expose",
     "fixed_shapes",
     "fresh_name",
+    "has_free_sizes",
     "inferred",
     "load",
     "name_nodes",
@@ -91,8 +94,11 @@ RUNTIME_IR = 10
 
 
 def arrays(model: ModelProto) -> dict[str, Tensor]:
-    """Initializers and the values of Constant nodes of the main graph, by tensor name."""
-    found: dict[str, Tensor] = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    """Initializers and the values of Constant nodes of the main graph, by tensor name.
+
+    Those of a large model that lie in a file are read-only memory maps.
+    """
+    found: dict[str, Tensor] = {tensor.name: weights.array(tensor) for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute:
             value = _constant(node.attribute[0])
@@ -240,7 +246,8 @@ def convert_opset(model: ModelProto, target: int) -> ModelProto:
         entry.domain = "" if entry.domain == "ai.onnx" else entry.domain
     name_nodes(copy.graph)
     try:
-        converted = onnx.version_converter.convert_version(copy, target)
+        converted = onnx.version_converter.convert_version(weights.hidden(copy), target)
+        weights.shown(converted, copy)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise ModelError(f"the model cannot be converted from opset {opset(model)} to {target}: {reason}") from error

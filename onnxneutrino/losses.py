@@ -1,11 +1,14 @@
 """What a network learns in fine-tuning, as a loss in its own graph.
 
 `classes`: cross entropy with the labels plus the teacher's softened probabilities (Hinton et al. 2015,
-"Distilling the Knowledge in a Neural Network"). `values`: squared error to the teacher's outputs.
+"Distilling the Knowledge in a Neural Network"). `values`: squared error to the teacher's outputs. Beside either,
+tensors within the graph can be learned from the teacher's (block reconstruction, Li et al. 2021, "BRECQ"), and others
+taken from the teacher instead of being computed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,8 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
-from onnxneutrino.graph import capped_ir, inferred
+from onnxneutrino.errors import TrainingError
+from onnxneutrino.graph import capped_ir, drop_unused, inferred, replace_uses
 from onnxneutrino.plan import Array
+
+PREFIX = "onnxneutrino/"
 
 
 @dataclass(frozen=True)
@@ -25,28 +31,56 @@ class Loss:
     Attributes:
         kind: `classes`: cross entropy with the labels plus the teacher's softened probabilities (Hinton et
             al. 2015); `values`: squared error to the teacher's outputs.
-        outputs: tensors of the graph it is taken on: the logits, or all float outputs.
+        outputs: tensors of the graph it is taken on: the logits, or all float outputs. Empty where no gradient
+            reaches them.
         label_weight: share of the labels in `classes`, 0 to 1; 0 trains on the teacher alone.
         temperature: softens the teacher's and the student's logits.
+        reconstructed: tensors learned from the teacher's by squared error.
+        fed: tensors whose readers are given the teacher's: no gradient passes there.
+        scales: factors of the squared errors, of `outputs` (of kind `values`) and then `reconstructed`; empty for
+            ones.
     """
 
     kind: Literal["classes", "values"]
     outputs: tuple[str, ...]
     label_weight: float = 0.3
     temperature: float = 3.0
+    reconstructed: tuple[str, ...] = ()
+    fed: tuple[str, ...] = ()
+    scales: tuple[float, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """What the teacher must give, in this order."""
+        return (*self.outputs, *self.reconstructed, *self.fed)
+
+    @property
+    def squared(self) -> tuple[str, ...]:
+        """The tensors of which the squared error is taken."""
+        return (*(self.outputs if self.kind == "values" else ()), *self.reconstructed)
 
 
-def loss_inputs(loss: Loss, teacher: Sequence[NDArray[Any]], labels: NDArray[Any] | None) -> dict[str, Array]:
-    """Values of the inputs that `with_loss` adds, from the teacher's outputs and the labels."""
-    if loss.kind == "values":
-        return {f"onnxneutrino/target{index}": np.asarray(output, np.float32) for index, output in enumerate(teacher)}
-    logits = np.asarray(teacher[0], np.float32)
+def loss_inputs(loss: Loss, teacher: Sequence[NDArray[Any]], labels: NDArray[Any] | None) -> dict[str, NDArray[Any]]:
+    """Values of the inputs that `with_loss` adds, from the teacher's tensors and the labels."""
+    values = dict(zip(loss.tensors, teacher, strict=True))
+    given: dict[str, NDArray[Any]] = {
+        f"{PREFIX}target{index}": np.asarray(values[name], np.float32) for index, name in enumerate(loss.squared)
+    }
+    given.update({f"{PREFIX}fed{index}": np.asarray(values[name]) for index, name in enumerate(loss.fed)})
+    if loss.kind == "values" or not loss.outputs:
+        return given
+    logits = rows(teacher[0])
     weight = loss.label_weight if labels is not None else 0.0
     soft = softmax(logits / loss.temperature) * np.float32((1 - weight) * loss.temperature**2)
     hard = np.zeros_like(logits)
     if labels is not None:
         hard[np.arange(len(labels)), labels] = weight
-    return {"onnxneutrino/soft": soft, "onnxneutrino/hard": hard}
+    return {**given, f"{PREFIX}soft": soft, f"{PREFIX}hard": hard}
+
+
+def rows(logits: NDArray[Any]) -> Array:
+    """Logits `(N, C)` or `(N, C, 1, 1)` as float32 `(N, C)`."""
+    return np.asarray(logits, np.float32).reshape(len(logits), -1)
 
 
 def softmax(logits: Array) -> Array:
@@ -59,8 +93,11 @@ def with_loss(model: ModelProto, loss: Loss) -> tuple[ModelProto, list[str]]:
     """The model with the loss as its only output, and the names of its inputs in order.
 
     `classes`: `-(1/B) Σ [hard · log softmax(z) + soft · log softmax(z/T)]`, the weights in `hard` and `soft`.
-    `values`: `mean over outputs of mean((y - t)²)`, targets `t` and outputs divided by nothing: the caller
-    scales the teacher's outputs if it wants to.
+    Squared errors: the mean over their tensors of `scale · mean((y - t)²)`. Both are added. What the loss does not
+    depend on is dropped.
+
+    Raises:
+        TrainingError: the shape of a tensor that is learned or fed is unknown.
     """
     copy = capped_ir(model)
     graph = copy.graph
@@ -69,7 +106,7 @@ def with_loss(model: ModelProto, loss: Loss) -> tuple[ModelProto, list[str]]:
     del graph.input[:]
     graph.input.extend(inputs)
     batch = inputs[0].type.tensor_type.shape.dim[0].dim_value
-    shapes = _shapes(model)
+    types = _types(model)
     nodes = []
     terms = []
 
@@ -77,47 +114,58 @@ def with_loss(model: ModelProto, loss: Loss) -> tuple[ModelProto, list[str]]:
         graph.initializer.append(helper.make_tensor(name, TensorProto.FLOAT, [], [value]))
         return name
 
-    def add_input(name: str, shape: Sequence[int]) -> str:
-        graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    def add_input(name: str, like: str, kind: int = TensorProto.FLOAT, flat: bool = False) -> str:
+        shape = types.get(like, (kind, [0]))[1]
+        if not all(shape):
+            raise TrainingError(f"the shape of tensor '{like}' is unknown, so that nothing can be learned there")
+        shape = [shape[0], math.prod(shape[1:])] if flat else shape
+        graph.input.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
-    if loss.kind == "classes":
-        logits = loss.outputs[0]
-        cooled = constant("onnxneutrino/inverse_temperature", 1.0 / loss.temperature)
-        nodes.append(helper.make_node("Mul", [logits, cooled], ["onnxneutrino/cooled"]))
-        for kind, source in (("hard", logits), ("soft", "onnxneutrino/cooled")):
-            target = add_input(f"onnxneutrino/{kind}", shapes[logits])
-            log, product, total = (f"onnxneutrino/{kind}_{part}" for part in ("log", "product", "sum"))
+    for index, name in enumerate(loss.fed):
+        replace_uses(graph, name, add_input(f"{PREFIX}fed{index}", name, types.get(name, (TensorProto.FLOAT,))[0]))
+    if loss.kind == "classes" and loss.outputs:
+        logits = f"{PREFIX}logits"
+        nodes.append(helper.make_node("Flatten", [loss.outputs[0]], [logits], axis=1))
+        cooled = constant(f"{PREFIX}inverse_temperature", 1.0 / loss.temperature)
+        nodes.append(helper.make_node("Mul", [logits, cooled], [f"{PREFIX}cooled"]))
+        for kind, source in (("hard", logits), ("soft", f"{PREFIX}cooled")):
+            target = add_input(f"{PREFIX}{kind}", loss.outputs[0], flat=True)
+            log, product, total, term = (f"{PREFIX}{kind}_{part}" for part in ("log", "product", "sum", "term"))
             nodes.append(helper.make_node("LogSoftmax", [source], [log], axis=-1))
             nodes.append(helper.make_node("Mul", [log, target], [product]))
             nodes.append(helper.make_node("ReduceSum", [product], [total], keepdims=0))
-            terms.append(total)
-        scale = -1.0 / batch
-    else:
-        for index, output in enumerate(loss.outputs):
-            target = add_input(f"onnxneutrino/target{index}", shapes[output])
-            difference, square, average = (f"onnxneutrino/{part}{index}" for part in ("difference", "square", "mean"))
-            nodes.append(helper.make_node("Sub", [output, target], [difference]))
-            nodes.append(helper.make_node("Mul", [difference, difference], [square]))
-            nodes.append(helper.make_node("ReduceMean", [square], [average], keepdims=0))
-            terms.append(average)
-        scale = 1.0 / len(loss.outputs)
+            nodes.append(helper.make_node("Mul", [total, constant(f"{PREFIX}{kind}_scale", -1.0 / batch)], [term]))
+            terms.append(term)
+    scales = loss.scales or (1.0,) * len(loss.squared)
+    for index, (output, scale) in enumerate(zip(loss.squared, scales, strict=True)):
+        target = add_input(f"{PREFIX}target{index}", output)
+        parts = ("difference", "square", "mean", "term")
+        difference, square, average, term = (f"{PREFIX}{part}{index}" for part in parts)
+        nodes.append(helper.make_node("Sub", [output, target], [difference]))
+        nodes.append(helper.make_node("Mul", [difference, difference], [square]))
+        nodes.append(helper.make_node("ReduceMean", [square], [average], keepdims=0))
+        share = constant(f"{PREFIX}scale{index}", scale / len(loss.squared))
+        nodes.append(helper.make_node("Mul", [average, share], [term]))
+        terms.append(term)
     total = terms[0]
     for index, term in enumerate(terms[1:]):
-        nodes.append(helper.make_node("Add", [total, term], [f"onnxneutrino/total{index}"]))
-        total = f"onnxneutrino/total{index}"
-    nodes.append(helper.make_node("Mul", [total, constant("onnxneutrino/scale", scale)], ["onnxneutrino/loss"]))
+        nodes.append(helper.make_node("Add", [total, term], [f"{PREFIX}total{index}"]))
+        total = f"{PREFIX}total{index}"
+    nodes.append(helper.make_node("Identity", [total], [f"{PREFIX}loss"]))
     for index, node in enumerate(nodes):
-        node.name = f"onnxneutrino/loss_node{index}"
+        node.name = f"{PREFIX}loss_node{index}"
     graph.node.extend(nodes)
     del graph.output[:]
-    graph.output.append(helper.make_tensor_value_info("onnxneutrino/loss", TensorProto.FLOAT, []))
-    return copy, [value.name for value in graph.input]
+    graph.output.append(helper.make_tensor_value_info(f"{PREFIX}loss", TensorProto.FLOAT, []))
+    copy = drop_unused(copy)
+    return copy, [value.name for value in copy.graph.input]
 
 
-def _shapes(model: ModelProto) -> dict[str, list[int]]:
+def _types(model: ModelProto) -> dict[str, tuple[int, list[int]]]:
+    """Element type and shape of every tensor; 0 stands for a size that is not known."""
     graph = inferred(model).graph
     return {
-        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        value.name: (value.type.tensor_type.elem_type, [dim.dim_value for dim in value.type.tensor_type.shape.dim])
         for value in (*graph.value_info, *graph.output, *graph.input)
     }

@@ -15,8 +15,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
-from onnxneutrino.graph import complete_inputs, copied, real_inputs
+from onnxneutrino.graph import complete_inputs, copied, data_bytes, real_inputs
 from onnxneutrino.passes import NORMALIZE, slim
+from onnxneutrino.weights import LARGE_MODEL_BYTES, hidden
 
 Tensor: TypeAlias = NDArray[np.generic]
 Run: TypeAlias = Callable[[ModelProto, dict[str, Tensor]], list[Tensor]]
@@ -43,14 +44,18 @@ def normalize(model: ModelProto, samples: Sequence[dict[str, Tensor]], run: Run)
     expected = [run(model, sample) for sample in samples]
     tolerance = HALF_TOLERANCE if _is_half(model) else TOLERANCE
     current, notes = copied(model), list[str]()
+    large = data_bytes(model) >= LARGE_MODEL_BYTES
     for step in NORMALIZE:
         name = step.__module__.rpartition(".")[2]
+        if large and step is slim.run:
+            notes.append(f"slim skipped: it would copy {data_bytes(model) >> 20} MB of weights several times")
+            continue
         try:
             candidate, done = step(copied(current))
             if not done and step is not slim.run:
                 continue
             candidate = restored(model, candidate)
-            onnx.checker.check_model(candidate)
+            onnx.checker.check_model(hidden(candidate))
             reason = _larger(current, candidate) if step is slim.run else None
             if reason is not None and not done:
                 continue  # nothing was gained and nothing is lost: not worth a line

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from onnx import ModelProto
 
 from onnxneutrino import metrics
 from onnxneutrino.config import Config
-from onnxneutrino.data import Dataset, Inputs, InputSpec, Split, open_data
+from onnxneutrino.data import Dataset, IndexedSplit, Inputs, InputSpec, Split, open_data
 from onnxneutrino.errors import DataError, ModelError
 from onnxneutrino.graph import (
     TensorType,
@@ -35,6 +36,8 @@ CLASSIFIERS = ("top1", "top5", "f1", "agreement")
 DEFAULT_METRIC, UNLABELLED_METRIC = "top1", "agreement"
 BATCH_BYTES = 64 << 20
 EVALUATION_BATCH = 128
+TRAINING_BATCH = 64
+TRAINING_BYTES = 1 << 30
 FREED_TOLERANCE = 1e-3
 CHANCE_FACTOR = 1.5
 
@@ -70,7 +73,10 @@ def open_model(model: ModelProto, name: str, config: Config) -> Opened:
     try:
         shapes = fixed_shapes(model, config.input_shape)
     except ModelError as error:
-        raise ModelError(f"{name}: {error}") from error
+        sizes = data_shapes(model, config)
+        if sizes is None:
+            raise ModelError(f"{name}: {error}") from error
+        shapes = sizes
     axes = batch_axes(model)
     for value in real_inputs(model):
         axis = axes[value.name]
@@ -80,6 +86,39 @@ def open_model(model: ModelProto, name: str, config: Config) -> Opened:
                 f"{name}: input '{value.name}' has a fixed batch of {size}; export it with batch 1 or a free batch"
             )
     return Opened(model, name, shapes, types_of(model, shapes))
+
+
+def data_shapes(model: ModelProto, config: Config) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of the inputs at batch 1 where the data gives the sizes that the model leaves free.
+
+    None where it does not: no data or random data, `--input-shape` is used, an input without a shape or whose
+    first axis is not the batch, or examples of more than one size.
+
+    Raises:
+        DataError: see `open_data`.
+    """
+    values = real_inputs(model)
+    axes = batch_axes(model)
+    if not config.data.path or config.data.path == "random" or config.input_shape:
+        return None
+    specs = []
+    for value in values:
+        shape = declared_shape(value)
+        if not shape or axes[value.name] != 0:
+            return None
+        sizes = tuple(entry if isinstance(entry, int) else None for entry in shape[1:])
+        specs.append(InputSpec(value.name, (None, *sizes), element_dtype(value.type.tensor_type.elem_type)))
+    dataset = open_data(config.data, specs, seed=config.seed, classes=None)
+    found: dict[str, tuple[int, ...]] = {}
+    for split in (dataset.train, dataset.test):
+        # Arrays and folders have one size; batches of a loader may differ.
+        drawn = split.batches(1)
+        for batch in islice(drawn, 1) if isinstance(split, IndexedSplit) else drawn:
+            own = {name: (1, *array.shape[1:]) for name, array in batch.inputs.items()}
+            if own != (found or own):
+                return None
+            found = own
+    return found
 
 
 def types_of(model: ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorType]:
@@ -103,26 +142,32 @@ def input_specs(opened: Opened) -> list[InputSpec]:
 def class_count(opened: Opened, metric: metrics.Metric) -> int | None:
     """Classes of a classifier with a `(N, C)` output, for checking labels; None for others."""
     output = opened.types.get(opened.model.graph.output[0].name)
-    if metric.name not in CLASSIFIERS or output is None or len(output.shape) != 2 or output.shape[1] < 2:
+    if metric.name not in CLASSIFIERS or output is None or not _is_scores(output):
         return None
     return output.shape[1]
+
+
+def _is_scores(output: TensorType) -> bool:
+    """Whether a tensor is `(N, C)`, or `(N, C, 1, 1)` as fully convolutional classifiers give it."""
+    return len(output.shape) >= 2 and output.shape[1] > 1 and math.prod(output.shape[2:]) == 1
 
 
 def choose_loss(model: ModelProto, types: Mapping[str, TensorType], config: Config) -> Loss:
     """Distillation on the logits for classifiers, on all float outputs else.
 
-    A classifier has a metric of classes and a first output `(N, C)`; when that is a Softmax, its input is used.
+    A classifier has a metric of classes and a first output `(N, C)` or `(N, C, 1, 1)`; when that is a Softmax, its
+    input is used.
     """
     first = model.graph.output[0].name
     output = types.get(first)
-    if config.metric in CLASSIFIERS and output is not None and len(output.shape) == 2 and output.shape[1] > 1:
+    if config.metric in CLASSIFIERS and output is not None and _is_scores(output):
         producer = next((node for node in model.graph.node if first in node.output), None)
         logits = producer.input[0] if producer is not None and producer.op_type == "Softmax" else first
         return Loss("classes", (logits,))
     names = [value.name for value in model.graph.output]
-    floats = [name for name in names if name in types and types[name].dtype == np.float32]
+    floats = [name for name in names if name in types and types[name].dtype in (np.float32, np.float16)]
     if not floats:
-        raise ModelError(f"output '{first}': no output is float32, so there is nothing to learn from")
+        raise ModelError(f"output '{first}': no output is float32 or float16, so there is nothing to learn from")
     return Loss("values", tuple(floats))
 
 
@@ -165,6 +210,13 @@ def evaluation_batch(opened: Opened) -> int:
     made = [opened.types[name] for node in opened.model.graph.node for name in node.output if name in opened.types]
     largest = max((math.prod(own.shape) * own.dtype.itemsize for own in made), default=1)
     return int(min(max(BATCH_BYTES // max(largest, 1), 1), EVALUATION_BATCH))
+
+
+def training_batch(model: ModelProto, types: Mapping[str, TensorType]) -> int:
+    """Examples of a training step: 64, fewer where all activations together would exceed 1 GB."""
+    made = {name for node in model.graph.node for name in node.output} & types.keys()
+    one = sum(math.prod(types[name].shape) * types[name].dtype.itemsize for name in made)
+    return int(min(max(TRAINING_BYTES // max(one, 1), 1), TRAINING_BATCH))
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from onnxneutrino.calibrate import Run, outputs_at, patches, sample_positions
 from onnxneutrino.data import Inputs, Split
-from onnxneutrino.losses import Loss, softmax
+from onnxneutrino.losses import Loss, rows, softmax
 from onnxneutrino.plan import Array, Geometry, Layer
 
 RunNamed = Callable[[Inputs], Mapping[str, NDArray[Any]]]
@@ -82,7 +82,7 @@ def take_probe(
         originals.append([values[name] for name in outputs])
         for layer in layers:
             targets[layer.name].append(outputs_at(layer, values[layer.output], positions[layer.name][index]))
-    return Probe(batches, originals, positions, {name: np.concatenate(rows) for name, rows in targets.items()})
+    return Probe(batches, originals, positions, {name: np.concatenate(own) for name, own in targets.items()})
 
 
 def features_at(probe: Probe, layer: Layer, geometry: Geometry, run: Run) -> Array:
@@ -102,8 +102,8 @@ def divergence(loss: Loss, original: Sequence[Sequence[Any]], own: Sequence[Sequ
     the variance of the original's outputs.
     """
     if loss.kind == "classes":
-        p = softmax(np.concatenate([np.asarray(outputs[0], np.float32) for outputs in original]))
-        q = softmax(np.concatenate([np.asarray(outputs[0], np.float32) for outputs in own]))
+        p = softmax(np.concatenate([rows(outputs[0]) for outputs in original]))
+        q = softmax(np.concatenate([rows(outputs[0]) for outputs in own]))
         tiny = np.float32(1e-12)
         return float(np.mean(np.sum(p * (np.log(p + tiny) - np.log(q + tiny)), axis=-1)))
     errors = []

@@ -127,6 +127,20 @@ class Training:
 
 
 @dataclass(frozen=True)
+class TrainedBlock:
+    """Layers that are trained together.
+
+    `how` is `end to end` (the loss at the outputs) or `reconstruction` (the original's tensors `learns`); `ended_by`
+    names the operators without a right gradient that stand behind.
+    """
+
+    layers: tuple[str, ...]
+    how: str
+    learns: tuple[str, ...]
+    ended_by: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class DecidingImages:
     """The images that decide whether a candidate is accepted: where they come from and how many they are."""
 
@@ -176,6 +190,7 @@ class Report:
     normalization: tuple[str, ...] = ()
     candidates: tuple[CandidateRow, ...] = ()
     training: tuple[Training, ...] = ()
+    blocks: tuple[TrainedBlock, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -70,6 +70,23 @@ class Writer:
             raise Kept(f"the shape of '{tensor}' is unknown")
         return self._types[tensor].shape
 
+    def dtype(self, tensor: str) -> np.dtype[Any]:
+        """Element type of a tensor that was in the graph before.
+
+        Raises:
+            Kept: it is not known.
+        """
+        if tensor in self._constants:
+            return self._constants[tensor].dtype
+        if tensor not in self._types:
+            raise Kept(f"the type of '{tensor}' is unknown")
+        return self._types[tensor].dtype
+
+    def is_constant(self, index: int) -> bool:
+        """Whether an input is absent or a constant."""
+        name = self.input(index)
+        return name is None or name in self._constants
+
     def constant(self, index: int) -> NDArray[Any] | None:
         """Value of an input; None where it is absent.
 
@@ -88,6 +105,11 @@ class Writer:
         name = fresh_name(self._taken, f"{self._prefix}.constant")
         self.stored[name] = np.asarray(value, dtype)
         return name
+
+    def number(self, value: float) -> str:
+        """A new scalar of the type of the node's first input, float32 where that is unknown; its name."""
+        known = self._types.get(self.node.input[0])
+        return self.store(value, known.dtype if known else np.float32)
 
     def add(self, operator: str, inputs: Sequence[str], output: str | None = None, **attributes: Any) -> str:
         """A new node with one output; the output's name, a fresh one unless it is given."""
@@ -108,6 +130,10 @@ class Writer:
         """A Reshape to a fixed shape."""
         return self.add("Reshape", [tensor, self.store(list(shape), np.int64)], output)
 
+    def slice(self, tensor: str, axis: int, start: int, end: int) -> str:
+        """The part of a tensor from `start` to before `end` of one axis."""
+        return self.add("Slice", [tensor, *(self.store([value], np.int64) for value in (start, end, axis))])
+
 
 Rewrite: TypeAlias = Callable[[Writer], None]
 
@@ -122,16 +148,17 @@ def rewritten(model: ModelProto, rewrites: Mapping[str, Rewrite]) -> tuple[Model
         rewrites: by operator.
 
     Returns:
-        The copy, and one line per node rewritten or kept.
+        The copy, the model itself where every node is kept, and one line per node rewritten or kept.
     """
     chosen = [node for node in model.graph.node if node.op_type in rewrites and node.domain in ("", "ai.onnx")]
     if not chosen:
         return model, []
-    copy = copied(model)
     types, constants, taken = tensor_types(model, {}), arrays(model), used_names(model)
     version = opset(model) or 0
     nodes: list[NodeProto] = []
+    stored: dict[str, NDArray[Any]] = {}
     notes: list[str] = []
+    changed = False
     for node in model.graph.node:
         if node.op_type not in rewrites or node.domain not in ("", "ai.onnx"):
             nodes.append(node)
@@ -144,10 +171,15 @@ def rewritten(model: ModelProto, rewrites: Mapping[str, Rewrite]) -> tuple[Model
             notes.append(f"{node.op_type} {node.name} kept: {reason}")
             continue
         nodes.extend(writer.nodes)
-        copy.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in writer.stored.items())
+        stored |= writer.stored
+        changed = True
         notes.append(
             f"{node.op_type} {node.name} lowered to {', '.join(dict.fromkeys(n.op_type for n in writer.nodes))}"
         )
+    if not changed:
+        return model, notes
+    copy = copied(model)
     del copy.graph.node[:]
     copy.graph.node.extend(nodes)
+    copy.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in stored.items())
     return copy, notes

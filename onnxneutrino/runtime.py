@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from onnxneutrino import weights
 from onnxneutrino.errors import ModelError
-from onnxneutrino.graph import TensorType, capped_ir, element_dtype, expose
+from onnxneutrino.graph import RUNTIME_IR, TensorType, capped_ir, data_bytes, element_dtype, expose, opset
+from onnxneutrino.opset_down import RUNTIME_OPSET, brought_down
+from onnxneutrino.walk import graphs, reads, subgraphs
 
 FATAL_ONLY = 4  # every other error is raised as an exception as well
 WARM_UPS = 3
@@ -46,11 +51,23 @@ class Runner:
         options = session_options(threads, spinning)
         # A stock session keeps the memory of its largest run; here many stand at once.
         options.enable_cpu_mem_arena = spinning
-        source = os.fspath(model) if isinstance(model, Path) else _bytes(model, outputs)
-        try:
-            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise ModelError(f"ONNX Runtime {ort.__version__} cannot load the model: {first_line(error)}") from error
+        crashing = _crashing_optimizers(model)
+        with tempfile.TemporaryDirectory(prefix="onnxneutrino-") as folder:
+            if _is_large(model):
+                # Weights packed for the processor are a second copy of them.
+                options.add_session_config_entry("session.disable_prepacking", "1")
+                if not isinstance(model, Path):
+                    model = weights.spilled(model, Path(folder))
+            made = _file(model, outputs) if isinstance(model, Path) else _made(model, outputs)
+            self._mapped = [] if isinstance(made, str) else _shared(made, options)  # the session borrows it
+            source = made if isinstance(made, str) else _serialized(made, Path(folder))
+            try:
+                self._session = ort.InferenceSession(
+                    source, options, providers=["CPUExecutionProvider"], disabled_optimizers=crashing
+                )
+            except Exception as error:
+                text = first_line(error)
+                raise ModelError(f"ONNX Runtime {ort.__version__} cannot load the model: {text}") from error
         self.names = [output.name for output in self._session.get_outputs()]
         self.inputs = [entry.name for entry in self._session.get_inputs()]
 
@@ -83,8 +100,73 @@ def session_options(threads: int, spinning: bool = False) -> ort.SessionOptions:
     return options
 
 
-def _bytes(model: ModelProto, outputs: Sequence[str] | None) -> bytes:
-    return bytes(capped_ir(model if outputs is None else expose(model, outputs)).SerializeToString())
+def _crashing_optimizers(model: ModelProto | Path) -> list[str]:
+    """Optimizers of the runtime that would abort the process.
+
+    ConvActivationFusion (1.19.2) asks which explicit input of its reader a Conv feeds, and goes past their end
+    where the reader is an If or Loop whose body reads the Conv's output.
+    """
+    if isinstance(model, Path):
+        try:
+            model = onnx.load(model, load_external_data=False)
+        except Exception:  # no model at all: that is the runtime's to say
+            return []
+    for graph in graphs(model.graph):
+        convs = {name for node in graph.node if node.op_type == "Conv" for name in node.output}
+        if any(any(subgraphs(node)) and not convs.isdisjoint(reads(node)) for node in graph.node):
+            return ["ConvActivationFusion"]
+    return []
+
+
+def _is_large(model: ModelProto | Path) -> bool:
+    if isinstance(model, Path):
+        try:
+            model = onnx.load(model, load_external_data=False)
+        except Exception:  # no model at all: that is the runtime's to say
+            return False
+    return data_bytes(model) >= weights.LARGE_MODEL_BYTES
+
+
+def _shared(model: ModelProto, options: ort.SessionOptions) -> list[ort.OrtValue]:
+    """Let the session read the light tensors from the one map of their file, in place of a map for each session.
+
+    The optimizer of the runtime still reads the file where it computes with a tensor.
+    """
+    values = []
+    for tensor in weights.light_tensors(model):
+        array = weights.array(tensor)
+        if array.flags.aligned:
+            values.append(ort.OrtValue.ortvalue_from_numpy(array))
+            options.add_initializer(tensor.name, values[-1])
+    return values
+
+
+def _serialized(model: ModelProto, folder: Path) -> bytes | str:
+    """The model in memory, or the path of one that refers to files: the optimizer asks for the model's path then."""
+    data = bytes(model.SerializeToString())
+    if not any(weights.light_tensors(model)):
+        return data
+    path = folder / "model.onnx"
+    path.write_bytes(data)
+    return os.fspath(path)
+
+
+def _made(model: ModelProto, outputs: Sequence[str] | None) -> ModelProto:
+    """The model as the runtime can load it: of an opset and IR version that it knows, with these outputs."""
+    wanted = model if outputs is None else expose(model, outputs)
+    return capped_ir(brought_down(wanted))
+
+
+def _file(path: Path, outputs: Sequence[str] | None) -> str | ModelProto:
+    """The path itself, which lets the runtime read external data in place; for what it cannot load, the model."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception:  # no model at all: that is the runtime's to say
+        return os.fspath(path)
+    if outputs is None and model.ir_version <= RUNTIME_IR and (opset(model) or 0) <= RUNTIME_OPSET:
+        return os.fspath(path)
+    weights.attach(model, path.parent)
+    return _made(model, outputs)
 
 
 def first_line(error: BaseException) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +12,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from onnxneutrino.errors import ModelError, UsageError
 from onnxneutrino.walk import copied
+from onnxneutrino.weights import copy_fields
 
 LARGEST_SHAPE = 1024
 
@@ -79,6 +79,16 @@ def batch_axes(model: ModelProto) -> dict[str, int | None]:
         else:
             axes[name] = None
     return axes
+
+
+def has_free_sizes(model: ModelProto) -> bool:
+    """Whether an input leaves more than its batch free."""
+    axes = batch_axes(model)
+    return any(
+        axis != axes[value.name] and not isinstance(entry, int)
+        for value in real_inputs(model)
+        for axis, entry in enumerate(declared_shape(value) or ())
+    )
 
 
 def fixed_shapes(model: ModelProto, input_shape: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -177,21 +187,11 @@ def inferred(model: ModelProto) -> ModelProto:
 def _without_data(model: ModelProto) -> ModelProto:
     """A copy in which initializers of more than a few elements, which cannot be shapes or axes, have no data."""
     copy = ModelProto()
-    _copy_fields(model, copy, "graph")
-    _copy_fields(model.graph, copy.graph, "initializer")
+    copy_fields(model, copy, "graph")
+    copy_fields(model.graph, copy.graph, "initializer")
     for tensor in model.graph.initializer:
         if math.prod(tensor.dims) > LARGEST_SHAPE:
             copy.graph.initializer.add(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
         else:
             copy.graph.initializer.append(tensor)
     return copy
-
-
-def _copy_fields(source: Any, target: Any, left_out: str) -> None:
-    for field, value in source.ListFields():
-        if field.name == left_out:
-            continue
-        if isinstance(value, (int, str)):
-            setattr(target, field.name, value)
-        else:
-            getattr(target, field.name).MergeFrom(value)

@@ -6,25 +6,35 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx
+import onnx.defs
 import onnx.inliner
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto
 from onnx.external_data_helper import (
     ExternalDataInfo,
     load_external_data_for_model,
-    set_external_data,
     uses_external_data,
 )
 
+from onnxneutrino import weights
 from onnxneutrino.errors import ModelError, OutputError
-from onnxneutrino.walk import all_nodes, copied, data_bytes, graphs, name_nodes, named_tensors, opset, tensors
+from onnxneutrino.opset_down import too_new
+from onnxneutrino.walk import (
+    all_nodes,
+    data_bytes,
+    name_nodes,
+    named_tensors,
+    opset,
+    subgraphs,
+    tensors,
+)
 
-OPSETS = (7, 21)
+OPSETS = (7, onnx.defs.onnx_opset_version())
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 QUANTIZED = re.compile(
     r"(Quantize|Dequantize|DynamicQuantize)Linear|QLinear.*|(MatMul|Conv)Integer.*|QAttention|QGemm|MatMulNBits"
@@ -48,6 +58,8 @@ class Source:
 
 def load(path: Path) -> Source:
     """Load a model with all its weights; its nodes get unique names, local functions are inlined.
+
+    The large weights of a large model with external data stay in their file; see `weights`.
 
     Raises:
         ModelError: the file is missing, unreadable or not ONNX, its external data is missing, or its opset,
@@ -92,15 +104,26 @@ def _parse(path: Path) -> ModelProto:
 
 def _check_supported(model: ModelProto, path: Path) -> None:
     low, high = OPSETS
+    if model.ir_version > onnx.IR_VERSION:
+        raise ModelError(
+            f"{path}: IR version {model.ir_version} is newer than the installed onnx reads ({onnx.IR_VERSION}); "
+            "update onnx"
+        )
     if not model.opset_import:
         raise ModelError(f"{path}: no opset_import (IR version {model.ir_version}); export with opset {low} to {high}")
     version = opset(model)
     if version is None:
         raise ModelError(f"{path}: imports no ai.onnx opset; export it again with opset {low} to {high}")
     if version > high:
-        raise ModelError(f"{path}: opset {version} is not supported; export with opset {high} or lower")
+        raise ModelError(
+            f"{path}: opset {version} is not supported ({low} to {high} are); update onnx, or export with a lower one"
+        )
     if version < low:
         raise ModelError(f"{path}: opset {version} is not supported ({low} to {high} are); export or convert it again")
+    newer = too_new(model)
+    if newer is not None:
+        raise ModelError(f"{path}: {newer}")
+    constants = _constant_names(model)
     local = {function.domain for function in model.functions}
     for node in all_nodes(model.graph):
         where = f"node '{node.name or ', '.join(node.output)}'"
@@ -109,11 +132,22 @@ def _check_supported(model: ModelProto, path: Path) -> None:
                 f"{path}: {where} is {node.domain}.{node.op_type}, which a stock ONNX runtime does not have; "
                 "export the model without custom operators"
             )
-        if QUANTIZED.fullmatch(node.op_type):
+        # Stored weights are folded; what runs in integers cannot be factorized.
+        stored = node.op_type == "DequantizeLinear" and constants.issuperset(node.input)
+        if QUANTIZED.fullmatch(node.op_type) and not stored:
             raise ModelError(
                 f"{path}: already quantized ({where} is {node.op_type}); "
                 "compress the float model first and quantize the result"
             )
+
+
+def _constant_names(model: ModelProto) -> set[str]:
+    """Tensors that depend on no input; "" is an input that is left out."""
+    names = {"", *(name for name, _ in named_tensors(model))}
+    for node in all_nodes(model.graph):
+        if node.op_type == "Constant" or (node.input and not any(subgraphs(node)) and names.issuperset(node.input)):
+            names.update(node.output)
+    return names
 
 
 def _load_external(model: ModelProto, path: Path) -> bool:
@@ -132,7 +166,10 @@ def _load_external(model: ModelProto, path: Path) -> bool:
             )
     if outside:
         try:
-            load_external_data_for_model(model, str(path.parent))
+            if data_bytes(model) >= weights.LARGE_MODEL_BYTES:
+                weights.attach(model, path.parent)
+            else:
+                load_external_data_for_model(model, str(path.parent))
         except Exception as error:
             raise ModelError(f"{path}: its external data cannot be read: {_first_line(error)}") from error
     return bool(outside)
@@ -141,8 +178,8 @@ def _load_external(model: ModelProto, path: Path) -> bool:
 def check(model: ModelProto, name: str) -> None:
     """Check the model against the ONNX specification and its constants for NaN and infinity.
 
-    A negative or positive infinity passes where all readers take it as a mask or bound. A model above 2 GB
-    is too large for `onnx.checker` in memory: only its constants are checked.
+    A negative or positive infinity passes where all readers take it as a mask or bound. What is in memory
+    of a model must be below 2 GB for `onnx.checker`; else only its constants are checked.
 
     Args:
         model: the model.
@@ -151,9 +188,10 @@ def check(model: ModelProto, name: str) -> None:
     Raises:
         ModelError: the specification is not met, or a weight is not finite.
     """
-    if data_bytes(model) < PROTOBUF_LIMIT:
+    shown = weights.hidden(model)
+    if data_bytes(shown) < PROTOBUF_LIMIT:
         try:
-            onnx.checker.check_model(model)
+            onnx.checker.check_model(shown)
         except Exception as error:
             # The checker spreads one sentence, and the node it is about, over several lines.
             text = " ".join(str(error).split())[:CHECKER_TEXT]
@@ -164,7 +202,7 @@ def check(model: ModelProto, name: str) -> None:
             readers.setdefault(tensor_name, []).append(node.op_type)
     for tensor_name, tensor in named_tensors(model):
         try:
-            array = numpy_helper.to_array(tensor)
+            array = weights.array(tensor)
         except Exception as error:
             raise ModelError(f"{name}: tensor '{tensor_name}' is damaged: {_first_line(error)}") from error
         if array.dtype.kind != "f" or np.isfinite(array).all():
@@ -211,7 +249,9 @@ def save(model: ModelProto, path: Path, external: bool) -> None:
         data: Path | None = None
         if external or data_bytes(model) >= PROTOBUF_LIMIT:
             model, data = _save_data(model, path, made)
-        _write(temporary, [model.SerializeToString(deterministic=True)])
+        else:
+            model = weights.in_memory(model)
+        _write(temporary, model.SerializeToString(deterministic=True))
         written = True
         old = _data_of(path)
         os.replace(temporary, path)
@@ -243,46 +283,49 @@ def _data_of(path: Path) -> set[Path]:
 
 
 def _save_data(model: ModelProto, path: Path, made: list[Path]) -> tuple[ModelProto, Path | None]:
-    copy = copied(model)
-    offset, digest = 0, hashlib.sha256()
-    chunks: list[bytes] = []
-    moved: list[tuple[TensorProto, int, int]] = []
-    for graph in graphs(copy.graph):
-        for tensor in graph.initializer:
-            if tensor.data_type == TensorProto.STRING:
-                continue
-            if not tensor.HasField("raw_data"):
-                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
-            length = len(tensor.raw_data)
-            if length < EXTERNAL_THRESHOLD:
-                continue
-            chunks.append(tensor.raw_data)
-            digest.update(chunks[-1])
-            moved.append((tensor, offset, length))
-            offset += length
-    if not moved:
-        return copy, None
-    data = path.with_name(f"{path.name}.{digest.hexdigest()[:16]}.data")
-    for tensor, start, length in moved:
-        set_external_data(tensor, data.name, start, length)
-        tensor.ClearField("raw_data")
     temporary = _temporary(path)
     made.append(temporary)
-    _write(temporary, chunks)
+    with temporary.open("xb") as file:
+        digested = _Digested(file)
+        copy, tensors = weights.moved(model, digested, EXTERNAL_THRESHOLD)
+        file.flush()
+        os.fsync(file.fileno())
+    if not tensors:
+        temporary.unlink()
+        return copy, None
+    data = path.with_name(f"{path.name}.{digested.hexdigest()[:16]}.data")
+    weights.place(tensors, data.name)
     if not data.exists():
         made.append(data)
     os.replace(temporary, data)
     return copy, data
 
 
+class _Digested:
+    """A file being written, and the digest of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
-def _write(path: Path, chunks: Iterable[bytes]) -> None:
+def _write(path: Path, data: bytes) -> None:
     with path.open("xb") as file:
-        for chunk in chunks:
-            file.write(chunk)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -22,12 +22,14 @@ from onnxneutrino.report import (
     LayerRow,
     Report,
     SixMetrics,
+    TrainedBlock,
     Training,
     enhancement,
 )
 from onnxneutrino.runtime import Runner, latencies
 from onnxneutrino.search import Candidate
 from onnxneutrino.task import FineTune, Marked, Network, Task, build
+from onnxneutrino.weights import stored_bytes
 
 LIBRARIES = ("onnxneutrino", "onnx", "onnxruntime-training-cpu", "onnxslim", "numpy", "scipy")
 
@@ -110,6 +112,15 @@ def trainings(fine_tunes: Sequence[FineTune], threads: int) -> tuple[Training, .
     return tuple(Training(own.name, own.steps, own.batch, threads, own.learning_rate) for own in fine_tunes)
 
 
+def trained_blocks(task: Task) -> tuple[TrainedBlock, ...]:
+    """Which layers are trained how; none where nothing is trained."""
+    found = () if task.training is None else task.training.blocks
+    return tuple(
+        TrainedBlock(own.layers, "reconstruction" if own.reconstructed else "end to end", own.learns, own.ended_by)
+        for own in found
+    )
+
+
 def versions() -> dict[str, str]:
     """Versions of the libraries in use."""
     found = {}
@@ -186,7 +197,7 @@ def make_report(
         measured.append((build(task, network), chosen.stage1_rows))
     sample = prepare.first_examples(judges.test, 1)[0]
     times = measured_latencies([model for model, _ in measured], sample, config.threads)
-    sizes = [len(model.SerializeToString()) for model, _ in measured]
+    sizes = [stored_bytes(model) for model, _ in measured]
     sizes[0] = sizes[0] if size_bytes is None else size_bytes
     original, final, *rest = (
         six_metrics(model, opened.shapes, metrics.value(metric, own), size, time)
@@ -216,6 +227,7 @@ def make_report(
         normalization=marked.notes,
         candidates=tried,
         training=trainings(fine_tunes, config.threads),
+        blocks=trained_blocks(task),
         seed=seed,
         settings=settings(config),
         versions=versions(),

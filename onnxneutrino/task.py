@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
 from onnxneutrino import finetune, metrics
 from onnxneutrino.data import Split
-from onnxneutrino.errors import TrainingError
 from onnxneutrino.factors import Factors
 from onnxneutrino.graph import TensorType, with_arrays
 from onnxneutrino.graph import arrays as graph_arrays
@@ -20,7 +18,7 @@ from onnxneutrino.losses import Loss
 from onnxneutrino.passes.factorize import factorize, stage_names
 from onnxneutrino.plan import Frozen, Layer
 from onnxneutrino.prepare import Opened
-from onnxneutrino.training_copy import training_copy
+from onnxneutrino.training_plan import TrainingPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +46,7 @@ class Task:
         types: tensor types of `model` at batch 1.
         layers: the marked layers.
         trainable: initializers that training may change, where a graph still holds them.
-        loss: what training learns.
+        loss: what the whole network learns, and what its divergence is measured on.
         metric: the user's metric.
         train: the training split without its validation share.
         stop: the validation share of the training split; a fine-tune must not lose on it. None without one.
@@ -61,6 +59,7 @@ class Task:
         threads: for the runtime.
         seed: of every draw.
         labels: train with labels where there are some.
+        training: how it is trained; None where it is not.
     """
 
     model: ModelProto
@@ -81,6 +80,7 @@ class Task:
     threads: int
     seed: int
     labels: bool
+    training: TrainingPlan | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,21 +136,4 @@ def trainable_initializers(marked: Marked) -> list[str]:
         elif node.op_type in ("MatMul", "Add", "Mul"):
             names.update(dict.fromkeys(node.input))
     held = graph_arrays(marked.model)
-    return [name for name in names if name in held and held[name].dtype == np.float32 and held[name].size > 1]
-
-
-def check_trainable(task: Task) -> None:
-    """Refuse, before anything long, a network that cannot be fine-tuned.
-
-    Raises:
-        TrainingError: names the node and its operator.
-    """
-    halves = [layer.name for layer in task.layers if layer.half]
-    if halves:
-        raise TrainingError(
-            f"node '{halves[0]}': its weight is float16, which ONNX Runtime does not train; give the float32 model, "
-            "or use --trainer none (factors and refit, no fine-tuning)"
-        )
-    copy = training_copy(task.batched, task.batch)
-    weights = [name for layer in task.layers for name in layer.initializers]
-    finetune.check_gradients(copy, [*weights, *task.trainable], task.loss.outputs)
+    return [name for name in names if name in held and held[name].dtype.kind == "f" and held[name].size > 1]

@@ -1,14 +1,34 @@
-"""Training batches: augmented inputs, the original's outputs on them, and the labels."""
+"""Training batches: augmented inputs, the original's tensors on them, and the labels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxneutrino.calibrate import Run
 from onnxneutrino.data import Split
 from onnxneutrino.finetune import Example
+
+
+class Lessons:
+    """What is learned from the original, and what the blocks behind a cut are given.
+
+    A block is given what the network in training computes there, as it was when it was last looked at: so a block
+    learns to make up for what those before it lose (asymmetric reconstruction, Zhang et al. 2015).
+    """
+
+    def __init__(self, original: Run, student: Run | None) -> None:
+        """Take the original's tensors to learn, and the network's tensors to be fed; None where nothing is fed."""
+        self._original = original
+        self.student = student
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """The tensors in the order of `Loss.tensors`."""
+        student = self.student
+        return [*self._original(inputs), *(student(inputs) if student is not None else ())]
 
 
 def examples(split: Split, batch: int, seed: int, teacher: Run, labels: bool) -> Iterator[Example]:
@@ -18,7 +38,7 @@ def examples(split: Split, batch: int, seed: int, teacher: Run, labels: bool) ->
         split: at least `batch` examples.
         batch: examples in each.
         seed: of order and augmentation.
-        teacher: gives the original's outputs.
+        teacher: gives the tensors that the loss is taken with.
         labels: hand integer labels on where the split has them.
     """
     epoch = 0

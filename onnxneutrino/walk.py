@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 
 def copied(model: ModelProto) -> ModelProto:
@@ -69,8 +70,18 @@ def tensors(model: ModelProto) -> Iterator[TensorProto]:
 
 
 def data_bytes(model: ModelProto) -> int:
-    """Bytes of the tensors, about."""
-    return sum(max(len(tensor.raw_data), 4 * len(tensor.float_data)) for tensor in tensors(model))
+    """Bytes of the tensors, about; of those whose data is in a file too."""
+    return sum(tensor_bytes(tensor) for tensor in tensors(model))
+
+
+def tensor_bytes(tensor: TensorProto) -> int:
+    """Bytes of a tensor, about, wherever its data is."""
+    if tensor.data_location == TensorProto.EXTERNAL:
+        given = [int(entry.value) for entry in tensor.external_data if entry.key == "length"]
+        return (
+            given[0] if given else math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        )
+    return int(tensor.ByteSize())  # `len(raw_data)` would copy the data
 
 
 def used_names(model: ModelProto) -> set[str]:

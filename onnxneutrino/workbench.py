@@ -26,7 +26,7 @@ from onnxneutrino.data import Split
 from onnxneutrino.errors import NeutrinoError, TrainingError
 from onnxneutrino.factors import Moments, stage_geometries
 from onnxneutrino.layer_options import LayerOptions, chains
-from onnxneutrino.passes.factorize import last_stage, read_factors, stage_names
+from onnxneutrino.passes.factorize import last_stage, read_factors, stage_arrays, stage_names
 from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Array, Layer
 from onnxneutrino.prepare import evaluate
@@ -35,7 +35,7 @@ from onnxneutrino.refit import refit
 from onnxneutrino.runtime import Runner
 from onnxneutrino.search import Candidate
 from onnxneutrino.task import FineTune, Network, Task, build, trainable_names
-from onnxneutrino.teaching import examples
+from onnxneutrino.teaching import Lessons, examples
 from onnxneutrino.training_copy import check_training_copy, training_copy
 
 CURVATURE_BATCHES = 32
@@ -71,6 +71,10 @@ class Workbench:
         self._tell = tell
         self._layers = {layer.name: layer for layer in task.layers}
         self._teacher = Runner(task.batched, task.loss.outputs, threads=task.threads)
+        own = task.loss if task.training is None else task.training.loss
+        learned = (*own.outputs, *own.reconstructed)
+        alike = learned == task.loss.outputs
+        self._tutor = self._teacher if alike else Runner(task.batched, learned, threads=task.threads)
         batches = probe_batches(task.train, task.evaluation_batch, task.seed, images)
         self.probe: Probe = take_probe(batches, task.layers, task.loss.outputs, _by_name(task), task.seed)
         self._curvature = self._output_curvature()  # before the moments: both are large
@@ -88,7 +92,7 @@ class Workbench:
     def _output_curvature(self) -> Mapping[str, Array]:
         """`G` of every layer of a classifier; none where the network cannot be differentiated."""
         task = self.task
-        if task.loss.kind != "classes":
+        if task.loss.kind != "classes" or (task.training is not None and task.training.faulty):
             return {}
         self._tell("measuring the curvature of the outputs", 0.0)
         drawn = task.train.batches(task.batch, seed=task.seed, augment=True)
@@ -96,7 +100,15 @@ class Workbench:
         full = [own for own in inputs if len(next(iter(own.values()))) == task.batch]
         try:
             return output_curvature(
-                task.batched, task.batch, task.layers, task.loss, full, self._teacher, task.threads, task.seed
+                task.batched,
+                task.batch,
+                task.layers,
+                task.loss,
+                full,
+                self._teacher,
+                task.threads,
+                task.seed,
+                task.types,
             )
         except NeutrinoError:
             return {}
@@ -253,14 +265,22 @@ class Workbench:
         """Fine-tune all that can be trained; None, with a warning, when the loss does not stay finite."""
         start = time.perf_counter()
         task, network = self.task, candidate.network
+        assert task.training is not None
+        loss = task.training.loss
         graph = build(task, network, batched=True)
-        copy = training_copy(graph, task.batch)
         names = list(trainable_names(task, network, graph))
-        source = examples(task.train, task.batch, task.seed + len(self.fine_tunes), self._teacher, task.labels)
+        labels = task.labels and loss.kind == "classes"
+        lessons = Lessons(self._tutor, self._fed(network))
+        source = examples(task.train, task.batch, task.seed + len(self.fine_tunes), lessons, labels)
+
+        def refresh(arrays: Mapping[str, NDArray[Any]]) -> None:
+            lessons.student = self._fed(self._learned(network, arrays))
+
         try:
+            copy = training_copy(graph, task.batch, task.types)
             check_training_copy(graph, copy, next(source).inputs, task.threads)
             with (
-                finetune.Trainer(copy, names, task.loss, task.threads) as trainer,
+                finetune.Trainer(copy, names, loss, task.threads) as trainer,
                 contextlib.closing(finetune.prefetched(source)) as ahead,
             ):
                 result = finetune.fine_tune(
@@ -271,6 +291,7 @@ class Workbench:
                     report=lambda step, steps, loss: self._tell(
                         f"{name}: step {step} of {steps}, loss {loss:.4f}", step / steps
                     ),
+                    refresh=refresh if loss.fed else None,
                 )
         except TrainingError as error:
             self.warnings.append(f"{name}: {error}; the candidate is dropped")
@@ -288,12 +309,7 @@ class Workbench:
                 float(np.mean(result.losses[-count:])),
             )
         )
-        factors = {
-            layer: read_factors(self._layers[layer], own, result.arrays) for layer, own in network.factors.items()
-        }
-        held = {n for layer, own in factors.items() for n in stage_names(self._layers[layer], own)}
-        arrays = {**network.arrays, **{n: a for n, a in result.arrays.items() if n not in held}}
-        better = self._better(network, Network(factors, arrays))
+        better = self._better(network, self._mended(self._learned(network, result.arrays), name))
         if better is network:
             self.warnings.append(f"{name}: the metric on the validation share fell; the weights before it were kept")
         return dataclasses.replace(
@@ -303,6 +319,28 @@ class Workbench:
             trained=candidate.trained + spent,
             seconds=candidate.seconds + spent,
         )
+
+    def _fed(self, network: Network) -> Runner | None:
+        """Computes what the blocks of a network are given; None where it is trained as a whole."""
+        fed = () if self.task.training is None else self.task.training.loss.fed
+        return Runner(build(self.task, network, batched=True), fed, threads=self.task.threads) if fed else None
+
+    def _learned(self, network: Network, arrays: Mapping[str, NDArray[Any]]) -> Network:
+        """The network with trained arrays; what no gradient reached keeps its values."""
+        factors = {}
+        for name, own in network.factors.items():
+            before = stage_arrays(self._layers[name], own)
+            factors[name] = read_factors(self._layers[name], own, {**before, **arrays})
+        held = {n for name, own in factors.items() for n in stage_names(self._layers[name], own)}
+        others = {name: array for name, array in arrays.items() if name not in held}
+        return Network(factors, {**network.arrays, **others})
+
+    def _mended(self, network: Network, name: str) -> Network:
+        """The network refitted where that helps: its blocks were trained beside each other."""
+        training = self.task.training
+        if training is None or not training.loss.fed:
+            return network
+        return min((network, self._refitted(network, name)), key=self._divergence)
 
     def _better(self, before: Network, after: Network) -> Network:
         """`before` where `after` scores worse on the validation share of the training split, by more than its error."""

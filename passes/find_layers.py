@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, ModelProto, NodeProto, helper
 
-from onnxneutrino.graph import Tensor, TensorType, arrays, consumers, producers
+from onnxneutrino.graph import Tensor, TensorType, arrays, consumers, has_free_sizes, producers
 from onnxneutrino.plan import Array, Frozen, Geometry, Kind, Layer
+from onnxneutrino.weights import is_mapped
 
 MIN_WEIGHTS = 256
 MIN_RANK = 4
@@ -40,6 +41,7 @@ class _View:
         types: tensor types at batch 1.
         producers: the node that makes a tensor.
         readers: the nodes that read a tensor, one entry per use, None for the graph's outputs.
+        resizable: an input leaves more than its batch free, so that maps may have other sizes than in `types`.
     """
 
     values: Mapping[str, Tensor]
@@ -47,6 +49,7 @@ class _View:
     types: Mapping[str, TensorType]
     producers: Mapping[str, NodeProto]
     readers: Mapping[str, list[NodeProto | None]]
+    resizable: bool
 
     def value(self, name: str) -> Tensor | None:
         """The constant, None where `name` is none."""
@@ -138,6 +141,8 @@ def _conv(node: NodeProto, view: _View) -> Layer | str:
         return UNKNOWN_SHAPE
     axes = len(kernel)
     strides, dilations = (list(attributes.get(name, [1] * axes)) for name in ("strides", "dilations"))
+    if view.resizable and max(strides) > 1 and attributes.get("auto_pad", b"").startswith(b"SAME"):
+        return "auto_pad with a stride on a map of free size: export with explicit pads"
     pads = _pads(attributes, size[2:], kernel, strides, dilations)
     geometry = Geometry(
         kernel=_pair(kernel, 1),
@@ -193,7 +198,8 @@ def _gemm(node: NodeProto, view: _View) -> Layer | str:
         if bias is None:
             return f"bias of shape {view.values[constants.names[1]].shape} is not one value per output"
         bias = bias * np.float32(attributes.get("beta", 1.0))
-    weight = weight * np.float32(attributes.get("alpha", 1.0))
+    if attributes.get("alpha", 1.0) != 1.0:
+        weight = weight * np.float32(attributes["alpha"])
     return _dense(node, replace(constants, weight=weight, bias=bias), view)
 
 
@@ -250,7 +256,7 @@ def _dense(node: NodeProto, constants: _Constants, view: _View, add: NodeProto |
         kind, source, size = "map", found.name, found.size
         last = weight.reshape(outputs, *size, -1).transpose(0, 3, 1, 2)
         kernel = last if found.channels_last else weight.reshape(outputs, -1, *size)
-    constants = replace(constants, weight=np.ascontiguousarray(kernel))
+    constants = replace(constants, weight=kernel if is_mapped(kernel) else np.ascontiguousarray(kernel))
     return _layer(node, kind, constants, Geometry(size), size, math.prod(shape[:-1]), source, add)
 
 
@@ -312,7 +318,7 @@ def _constants(weight: str, bias: str, view: _View) -> _Constants | str:
     if bias and added is None:
         return "bias is computed at run time"
     return _Constants(
-        weight=value.astype(np.float32),
+        weight=value.astype(np.float32, copy=False),
         bias=None if added is None else added.astype(np.float32),
         names=(root, view.roots[bias]) if bias else (root,),
         shape=value.shape,
@@ -384,7 +390,7 @@ def _view(model: ModelProto, types: Mapping[str, TensorType]) -> _View:
     for node in model.graph.node:
         if node.op_type == "Identity" and node.input[0] in roots:
             roots[node.output[0]] = roots[node.input[0]]
-    return _View(values, roots, types, producers(model.graph), consumers(model.graph))
+    return _View(values, roots, types, producers(model.graph), consumers(model.graph), has_free_sizes(model))
 
 
 def _attributes(node: NodeProto) -> dict[str, Any]:

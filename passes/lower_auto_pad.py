@@ -1,11 +1,12 @@
-"""Training copy: `auto_pad` of Conv, MaxPool and AveragePool becomes explicit pads.
+"""Training copy: `auto_pad` of Conv and the pools becomes explicit pads.
 
 The gradient of ONNX Runtime's Conv with SAME padding is wrong without an error. On each axis, with input size
 `n`, stride `s` and effective kernel `k = d (kernel - 1) + 1`:
 
     total = max((ceil(n / s) - 1) s + k - n, 0)
 
-of which SAME_UPPER puts the smaller half before the data, SAME_LOWER the larger.
+of which SAME_UPPER puts the smaller half before the data, SAME_LOWER the larger. Where a stride leaves two or more
+values out at the end, the runtime leaves half of them out at the beginning, which pads cannot say.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from onnx import AttributeProto, ModelProto, NodeProto, helper
 
 from onnxneutrino.graph import arrays, attributes, copied, declared_shape, inferred
 
-OPS = ("Conv", "MaxPool", "AveragePool")
+OPS = ("Conv", "MaxPool", "AveragePool", "LpPool")
 
 
 def run(model: ModelProto) -> tuple[ModelProto, list[str]]:
@@ -33,9 +34,15 @@ def run(model: ModelProto) -> tuple[ModelProto, list[str]]:
         if not kernel and node.op_type == "Conv" and node.input[1] in constants:
             kernel = list(constants[node.input[1]].shape[2:])
         shape = shapes.get(node.input[0]) or (None,) * (len(kernel) + 2)
-        pads = explicit_pads(mode, shape[2:], kernel, _ints(own, "strides"), _ints(own, "dilations"))
+        dilations = _ints(own, "dilations")
+        if mode != "VALID" and set(dilations) - {1} and node.op_type != "Conv":
+            notes.append(f"{node.op_type} {node.name} keeps auto_pad={mode}: the runtime leaves its dilations out")
+            continue
+        pads = explicit_pads(mode, shape[2:], kernel, _ints(own, "strides"), dilations)
         if pads is None:
-            notes.append(f"{node.op_type} {node.name} keeps auto_pad={mode}: its kernel or input size is unknown")
+            known = bool(kernel) and all(isinstance(size, int) for size in shape[2:])
+            why = "its strides leave data out" if known else "its kernel or input size is unknown"
+            notes.append(f"{node.op_type} {node.name} keeps auto_pad={mode}: {why}")
             continue
         _set_pads(node, pads)
         notes.append(f"{node.op_type} {node.name}: auto_pad={mode} written as pads {pads}")
@@ -49,7 +56,7 @@ def explicit_pads(
     strides: list[int],
     dilations: list[int],
 ) -> list[int] | None:
-    """Pads in ONNX order (all beginnings, then all ends), or None where a size that matters is unknown.
+    """Pads in ONNX order (all beginnings, then all ends), None where a needed size is unknown or data is left out.
 
     Args:
         mode: SAME_UPPER, SAME_LOWER or VALID.
@@ -69,7 +76,10 @@ def explicit_pads(
         elif stride == 1:
             total = effective - 1
         elif isinstance(size, int):
-            total = max((-(-size // stride) - 1) * stride + effective - size, 0)
+            total = (-(-size // stride) - 1) * stride + effective - size
+            if total < -1:
+                return None
+            total = max(total, 0)
         else:
             return None
         small, large = total // 2, total - total // 2

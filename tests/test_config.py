@@ -127,7 +127,7 @@ def test_refuses_a_wrong_file_by_name(tmp_path: Path, text: str, part: str) -> N
         ("labels", "no", "must be true or false"),
         ("seed", True, "must be a whole number"),
         ("threads", -1, "must be a whole number"),
-        ("trainer", "torch", "must be one of ort, none"),
+        ("trainer", "torch", "must be one of ort, reconstruct, none"),
         ("confidence", 0.4, "from 0.5 to below 1"),
         ("confidence", 1.0, "from 0.5 to below 1"),
         ("input_shape", {"x": "1x3"}, "must be a list of sizes"),

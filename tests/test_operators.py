@@ -49,6 +49,8 @@ def with_zero(case: dict[str, Any]) -> ModelProto:
 def given(model: ModelProto, case: dict[str, Any]) -> dict[str, np.ndarray]:
     shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    if case.get("zeros"):
+        x *= 0
     return {"given": np.abs(x) + np.float32(0.5) if case.get("positive") else x}
 
 

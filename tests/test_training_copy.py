@@ -191,7 +191,7 @@ def drawn(text: str) -> ModelProto:
     return model
 
 
-@pytest.mark.parametrize("operator", ["Elu", "HardSwish", "Softplus"])
+@pytest.mark.parametrize("operator", ["Sign", "Floor", "Atan"])
 def test_an_operator_without_gradient_is_refused_only_where_a_gradient_must_pass(operator: str) -> None:
     text = """
         net (float[N,4] x) => (float[N,4] y) <float[4,4] w0, float[4,4] w1>
@@ -212,11 +212,11 @@ def test_an_operator_without_gradient_is_refused_only_where_a_gradient_must_pass
 def test_what_the_loss_does_not_depend_on_is_neither_refused_nor_trained() -> None:
     text = """
         net (float[N,4] x) => (float[N,4] y, float[N,4] z) <float[4,4] w0, float[4,4] w1>
-        { y = MatMul (x, w0)  a = MatMul (y, w1)  z = Elu (a) }
+        { y = MatMul (x, w0)  a = MatMul (y, w1)  z = Sign (a) }
     """
     model = training_copy(drawn(text), BATCH)
     assert untrainable(model, ["w0", "w1"], ["y"]) == []
-    assert untrainable(model, ["w0", "w1"], ["y", "z"]) == [("Elu_2", "Elu")]
+    assert untrainable(model, ["w0", "w1"], ["y", "z"]) == [("Sign_2", "Sign")]
     assert consumed(model, ["w0", "w1"]) == ["w0", "w1"]
     with Trainer(model, ["w0", "w1"], VALUES, 1) as trainer:
         assert sorted(trainer.arrays()) == ["w0"]
