@@ -27,12 +27,8 @@ IMAGES = (512, 20480)
 
 def images_needed(layers: Sequence[Layer]) -> int:
     """Examples to calibrate on, so that every layer gets five rows per dimension where its map allows."""
-    wanted = max((ROWS_PER_DIMENSION * _dimension(layer) / layer.positions for layer in layers), default=0)
+    wanted = max((ROWS_PER_DIMENSION * layer.patch / layer.positions for layer in layers), default=0)
     return int(min(max(math.ceil(wanted), IMAGES[0]), IMAGES[1]))
-
-
-def _dimension(layer: Layer) -> int:
-    return int(np.prod(layer.weight.shape[1:]))
 
 
 def sample_positions(layer: Layer, examples: int, per_example: int, seed: int) -> NDArray[np.int64]:
@@ -47,7 +43,7 @@ def sample_positions(layer: Layer, examples: int, per_example: int, seed: int) -
 def patches(layer: Layer, geometry: Geometry, tensor: NDArray[Any], positions: NDArray[np.int64]) -> Array:
     """Input patches `(n·k, D)` of a stage with `geometry` at `positions` `(n, k)`, `D = I·kh·kw`.
 
-    `tensor` is what the stage reads: `(n, I, H, W)`, `(n, I, L)`, `(n, I)` or `(n, ..., I)`.
+    `tensor` is what the stage reads: `(n, I, H, W)`, `(n, I, L)`, `(n, I, D, H, W)`, `(n, I)` or `(n, ..., I)`.
     """
     examples, count = positions.shape
     rows = np.repeat(np.arange(examples), count)
@@ -55,19 +51,20 @@ def patches(layer: Layer, geometry: Geometry, tensor: NDArray[Any], positions: N
     if layer.kind in ("gemm", "matmul"):
         return np.asarray(tensor.reshape(examples, -1, tensor.shape[-1])[rows, flat], np.float32)
     image = tensor[..., None] if layer.kind == "conv1d" else tensor
-    top, left, bottom, right = geometry.pads
-    height, width = geometry.output_size(*image.shape[2:])
-    (kh, kw), (sh, sw), (dh, dw) = geometry.kernel, geometry.strides, geometry.dilations
+    size = geometry.output_size(*image.shape[2:])
     if any(geometry.pads):
-        image = np.pad(image, ((0, 0), (0, 0), (top, bottom), (left, right)))
-    n, c, h, w = image.strides
+        image = np.pad(image, ((0, 0), (0, 0), *geometry.margins))
+    n, c, *axes = image.strides
+    between = [step * stride for step, stride in zip(axes, geometry.strides, strict=True)]
+    within = [step * dilation for step, dilation in zip(axes, geometry.dilations, strict=True)]
     windows = np.lib.stride_tricks.as_strided(
         image,
-        (image.shape[0], height, width, image.shape[1], kh, kw),
-        (n, h * sh, w * sw, c, h * dh, w * dw),
+        (image.shape[0], *size, image.shape[1], *geometry.kernel),
+        (n, *between, c, *within),
         writeable=False,
     )
-    picked = windows[rows, flat // width, flat % width]
+    places = (rows, *np.unravel_index(flat, size))
+    picked = windows[places]
     return np.asarray(picked.reshape(len(rows), -1), np.float32)
 
 
@@ -105,11 +102,11 @@ def calibrate(
         progress: called with the examples done.
         threads: layers to work on at the same time.
     """
-    sums = {layer.name: MomentSum(_dimension(layer)) for layer in layers}
+    sums = {layer.name: MomentSum(layer.patch) for layer in layers}
     done = 0
 
     def add(layer: Layer, tensor: NDArray[Any], size: int) -> None:
-        per_example = math.ceil(ROWS_PER_DIMENSION * _dimension(layer) / examples)
+        per_example = math.ceil(ROWS_PER_DIMENSION * layer.patch / examples)
         positions = sample_positions(layer, size, per_example, seed + done)
         step = max(1, BLOCK // positions.shape[1])  # a batch's patches at once may take hundreds of megabytes
         for start in range(0, size, step):

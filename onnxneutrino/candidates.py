@@ -6,6 +6,7 @@ plan that is chosen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -101,8 +102,8 @@ def macs_of(layer: Layer, stages: tuple[Stage, ...]) -> int:
 
     A MatMul's map is `1 × 1`; its `positions` multiply what one position costs.
     """
-    height, width = layer.geometry.output_size(*layer.input_size)
-    return chain_macs(stages, layer.geometry, layer.input_size) * (layer.positions // (height * width))
+    size = layer.geometry.output_size(*layer.input_size)
+    return chain_macs(stages, layer.geometry, layer.input_size) * (layer.positions // math.prod(size))
 
 
 def rank_grid(layer: Layer, form: Form) -> list[tuple[int, ...]]:
@@ -113,7 +114,7 @@ def rank_grid(layer: Layer, form: Form) -> list[tuple[int, ...]]:
     """
     shape = layer.weight.shape
     if form == "tucker2":
-        taps = shape[2] * shape[3]
+        taps = math.prod(shape[2:])
         first = spread(_useful(layer, "input"), PAIR_STEPS)
         second = spread(_useful(layer, "channel"), PAIR_STEPS)
         return [(r1, r2) for r1 in first for r2 in second if r2 <= r1 * taps]

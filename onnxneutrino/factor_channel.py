@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from onnxneutrino.factor_fit import Double, Problem, check_ranks, stage, top_eigenvectors
+from onnxneutrino.factor_fit import Double, Problem, check_ranks, pointwise, stage, top_eigenvectors
 from onnxneutrino.factors import Factors
 from onnxneutrino.plan import Form
 
@@ -54,8 +54,7 @@ class OutputProjection:
         errors, vectors = self._spectrum
         kept = vectors[:, :rank]
         first = (kept.T @ self.problem.target).reshape(rank, *self.problem.weight.shape[1:])
-        last = self.problem.unweighted(kept)[:, :, None, None]
-        stages = (stage(first), stage(last))
+        stages = (stage(first), pointwise(self.problem.unweighted(kept), first.ndim - 2))
         return self.problem.chain(self.form, ranks, stages, float(errors[rank]))
 
     def release(self) -> None:

@@ -59,7 +59,7 @@ class Problem:
     """A layer, the moments of its input and the weighting of its output.
 
     Attributes:
-        weight: `(O, I, kh, kw)`.
+        weight: `(O, I, *kernel)`.
         bias: `(O,)`.
         moments: of the input patches.
         weighting: `G`, `(O, O)`, symmetric and positive semidefinite; None for the identity.
@@ -154,16 +154,26 @@ def balanced(stages: Sequence[Stage]) -> list[Stage]:
         scale = np.ones(len(first))
         used = (before > 0) & (after > 0)
         scale[used] = np.sqrt(after[used] / before[used])
-        weights[index] = first * scale[:, None, None, None]
-        weights[index + 1] = second / (scale[:, None, None, None] if depthwise else scale[None, :, None, None])
+        weights[index] = first * _along(scale, first.ndim, 0)
+        weights[index + 1] = second / _along(scale, second.ndim, 0 if depthwise else 1)
     return [
         Stage(np.ascontiguousarray(weight, np.float32), old.groups) for weight, old in zip(weights, stages, strict=True)
     ]
 
 
+def _along(values: Double, axes: int, axis: int) -> Double:
+    """`values` `(n,)` as an array of `axes` axes that lies along `axis`."""
+    return np.expand_dims(values, [other for other in range(axes) if other != axis])
+
+
 def stage(weight: NDArray[Any], groups: int = 1) -> Stage:
-    """A stage with the float32 weight `(O, I/groups, kh, kw)`."""
+    """A stage with the float32 weight `(O, I/groups, *kernel)`."""
     return Stage(np.asarray(weight, np.float32), groups)
+
+
+def pointwise(matrix: NDArray[Any], axes: int) -> Stage:
+    """A stage `(O, I)` whose kernel is 1 on each of `axes` axes."""
+    return stage(matrix.reshape(*matrix.shape, *[1] * axes))
 
 
 def top_eigenvectors(matrix: Double, count: int) -> tuple[Double, Double]:

@@ -9,6 +9,7 @@ scheme 2, here fitted to the outputs. `input` mixes the channels alone, `f = i`,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,8 +22,7 @@ from onnxneutrino.plan import Form
 
 def channel_features(problem: Problem) -> SharedFeatures:
     """Features `1×1 (I → r)`, for `input`, `tucker2` and `cp`."""
-    _, _, kh, kw = problem.weight.shape
-    return SharedFeatures(problem, kh * kw)
+    return SharedFeatures(problem, math.prod(problem.weight.shape[2:]))
 
 
 class SharedFirst:
@@ -31,10 +31,10 @@ class SharedFirst:
     def __init__(self, form: Form, problem: Problem, features: SharedFeatures | None = None) -> None:
         self.form = form
         self.problem = problem
-        _, inputs, kh, kw = problem.weight.shape
         if form == "spatial_hv":
-            features = SharedFeatures(problem, kw)
+            features = SharedFeatures(problem, problem.weight.shape[3])
         elif form == "spatial_vh":
+            _, inputs, kh, kw = problem.weight.shape
             order = np.arange(inputs * kh * kw).reshape(inputs, kh, kw).transpose(0, 2, 1).ravel()
             features = SharedFeatures(problem, kh, order)
         self.features = features if features is not None else channel_features(problem)
@@ -56,13 +56,11 @@ class SharedFirst:
         """The chain at `ranks`: `V` and `G^-½P`."""
         check_ranks(self.form, ranks, self.limit)
         (rank,) = ranks
-        outputs, inputs, kh, kw = self.problem.weight.shape
+        outputs, inputs, *kernel = self.problem.weight.shape
         nested = self.features.nested(rank)
-        kernels = {
-            "input": ((1, 1), (kh, kw)),
-            "spatial_hv": ((kh, 1), (1, kw)),
-            "spatial_vh": ((1, kw), (kh, 1)),
-        }[self.form]
+        # The first stage covers the axes that it mixes, the last stage the others.
+        mixed = {"input": (), "spatial_hv": (0,), "spatial_vh": (1,)}[self.form]
+        kernels = [[k if (axis in mixed) == covers else 1 for axis, k in enumerate(kernel)] for covers in (True, False)]
         first = nested.first[:rank].reshape(rank, inputs, *kernels[0])
         last = self.problem.unweighted(nested.last(rank * self.features.taps))
         stages = (stage(first), stage(last.reshape(outputs, rank, *kernels[1])))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxneutrino.factor_fit import Double, check_ranks, stage, top_eigenvectors
+from onnxneutrino.factor_fit import Double, check_ranks, pointwise, stage, top_eigenvectors
 from onnxneutrino.factor_shared import SharedFeatures
 from onnxneutrino.factors import Factors
 
@@ -45,14 +45,14 @@ class Tucker2:
         """The chain at `ranks`: `A`, `FᵀG^½P` and `G^-½F`."""
         r1, r2 = ranks
         check_ranks("tucker2", ranks, (self.limit[0], min(self.limit[1], r1 * self.features.taps)))
-        _, _, kh, kw = self.problem.weight.shape
+        kernel = self.problem.weight.shape[2:]
         last = self.features.nested(r1).last(r1 * self.features.taps)
         errors, vectors = self._truncated(r1, last)
         kept = vectors[:, :r2]
         stages = (
-            stage(self.features.nested(r1).first[:r1, :, None, None]),
-            stage((kept.T @ last).reshape(r2, r1, kh, kw)),
-            stage(self.problem.unweighted(kept)[:, :, None, None]),
+            pointwise(self.features.nested(r1).first[:r1], len(kernel)),
+            stage((kept.T @ last).reshape(r2, r1, *kernel)),
+            pointwise(self.problem.unweighted(kept), len(kernel)),
         )
         return self.problem.chain("tucker2", ranks, stages, float(errors[r2]))
 

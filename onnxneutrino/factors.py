@@ -8,6 +8,7 @@ No ONNX here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,15 +19,15 @@ from onnxneutrino.plan import Array, Form, Geometry
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One convolution of a chain: weight `(O, I/groups, kh, kw)`."""
+    """One convolution of a chain: weight `(O, I/groups, *kernel)`."""
 
     weight: Array
     groups: int = 1
 
     @property
-    def kernel(self) -> tuple[int, int]:
-        """Kernel height and width."""
-        return self.weight.shape[2], self.weight.shape[3]
+    def kernel(self) -> tuple[int, ...]:
+        """Size of the kernel, one number per axis."""
+        return self.weight.shape[2:]
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -69,14 +70,14 @@ class Factors:
         return sum(stage.weight.size for stage in self.stages) + self.bias.size
 
     def product(self) -> Array:
-        """The weight `(O, I, kh, kw)` that the chain is equal to."""
+        """The weight `(O, I, *kernel)` that the chain is equal to."""
         return chain_product(self.stages)
 
 
 def chain_product(stages: Sequence[Stage]) -> Array:
-    """Weight `(O, I, kh, kw)` of the one convolution that equals `stages` run one after the other.
+    """Weight `(O, I, *kernel)` of the one convolution that equals `stages` run one after the other.
 
-    Kernels multiply out as full convolutions: heights and widths add up (kh1 + kh2 - 1).
+    Kernels multiply out as full convolutions: on every axis their sizes add up (k1 + k2 - 1).
     """
     total: Array | None = None
     for stage in stages:
@@ -88,11 +89,11 @@ def chain_product(stages: Sequence[Stage]) -> Array:
 
 
 def dense(stage: Stage) -> Array:
-    """Weight `(O, I, kh, kw)` of a grouped stage with its zeros written out."""
+    """Weight `(O, I, *kernel)` of a grouped stage with its zeros written out."""
     if stage.groups == 1:
         return stage.weight
-    outputs, per_group, kh, kw = stage.weight.shape
-    full = np.zeros((outputs, per_group * stage.groups, kh, kw), stage.weight.dtype)
+    outputs, per_group, *kernel = stage.weight.shape
+    full = np.zeros((outputs, per_group * stage.groups, *kernel), stage.weight.dtype)
     block = outputs // stage.groups
     for group in range(stage.groups):
         rows = slice(group * block, (group + 1) * block)
@@ -102,14 +103,13 @@ def dense(stage: Stage) -> Array:
 
 def _compose(first: Array, second: Array) -> Array:
     """Kernel of `second` after `first`: correlations chain to one with the convolved kernel."""
-    _, inputs, h1, w1 = first.shape
-    outputs, _, h2, w2 = second.shape
-    total = np.zeros((outputs, inputs, h1 + h2 - 1, w1 + w2 - 1), np.result_type(first, second))
-    for row in range(h2):
-        for column in range(w2):
-            total[:, :, row : row + h1, column : column + w1] += np.einsum(
-                "om,mihw->oihw", second[:, :, row, column], first, optimize=True
-            )
+    (_, inputs, *k1), (outputs, _, *k2) = first.shape, second.shape
+    size = [a + b - 1 for a, b in zip(k1, k2, strict=True)]
+    total = np.zeros((outputs, inputs, *size), np.result_type(first, second))
+    for tap in np.ndindex(*k2):
+        window = tuple(slice(start, start + length) for start, length in zip(tap, k1, strict=True))
+        shifted, at_tap = (slice(None), slice(None), *window), (slice(None), slice(None), *tap)
+        total[shifted] += np.tensordot(second[at_tap], first, axes=1)
     return total
 
 
@@ -119,37 +119,36 @@ def stage_geometries(stages: Sequence[Stage], geometry: Geometry) -> list[Geomet
     On each axis, stride, padding and dilation go to the first stage whose kernel covers that axis; where the
     layer's kernel is 1 on an axis (so no stage covers it), to the first stage.
     """
-    taken = []
-    for axis in (0, 1):
+    takers = []
+    for axis in range(len(geometry.kernel)):
         covering = [index for index, stage in enumerate(stages) if stage.kernel[axis] > 1]
-        taken.append(covering[0] if covering else 0)
+        takers.append(covering[0] if covering else 0)
     result = []
     for index, stage in enumerate(stages):
-        rows, columns = taken[0] == index, taken[1] == index
-        top, left, bottom, right = geometry.pads
+        takes = [taker == index for taker in takers]
         result.append(
             Geometry(
                 kernel=stage.kernel,
-                strides=(geometry.strides[0] if rows else 1, geometry.strides[1] if columns else 1),
-                pads=(top * rows, left * columns, bottom * rows, right * columns),
-                dilations=(geometry.dilations[0] if rows else 1, geometry.dilations[1] if columns else 1),
+                strides=tuple(n if own else 1 for n, own in zip(geometry.strides, takes, strict=True)),
+                pads=tuple(n * own for n, own in zip(geometry.pads, takes * 2, strict=True)),
+                dilations=tuple(n if own else 1 for n, own in zip(geometry.dilations, takes, strict=True)),
             )
         )
     return result
 
 
-def chain_macs(stages: Sequence[Stage], geometry: Geometry, size: tuple[int, int]) -> int:
-    """Multiply-accumulates of the chain for one input map of `size` (height, width)."""
+def chain_macs(stages: Sequence[Stage], geometry: Geometry, size: tuple[int, ...]) -> int:
+    """Multiply-accumulates of the chain for one input map of `size`, one number per axis."""
     total = 0
     for stage, own in zip(stages, stage_geometries(stages, geometry), strict=True):
         size = own.output_size(*size)
-        total += size[0] * size[1] * stage.weight.size
+        total += math.prod(size) * stage.weight.size
     return total
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Mean and centred second moment of a layer's input patches, `D = I·kh·kw` in the order of the weight.
+    """Mean and centred second moment of a layer's input patches of `D` elements, in the order of the weight.
 
     Exactly one of `sigma` (`D × D`) and `rows` (`n × D`, centred) is given; `rows` stands for
     `sigma = rowsᵀ rows / n` and is the smaller of the two while `n < D`.

@@ -8,10 +8,13 @@
 | `spatial_vh` | `1×kw (I → r)`, `kh×1 (r → O)` |
 | `tucker2` | `1×1 (I → r1)`, `kh×kw (r1 → r2)`, `1×1 (r2 → O)` |
 | `cp` | `1×1 (I → r)`, depthwise `kh×1`, depthwise `1×kw`, `1×1 (r → O)` |
+
+A 3-D kernel `kd×kh×kw` takes the forms that leave it whole: `svd`, `channel`, `input` and `tucker2`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -40,11 +43,13 @@ METHODS: Mapping[Form, Callable[[Problem, SharedFeatures], Decomposition]] = Map
 
 
 def applicable(shape: tuple[int, ...]) -> tuple[Form, ...]:
-    """Forms of a layer with a weight of `shape` `(O, I, kh, kw)`."""
-    _, _, kh, kw = shape
-    if kh == kw == 1:
+    """Forms of a layer with a weight of `shape` `(O, I, *kernel)`."""
+    kernel = shape[2:]
+    if max(kernel) == 1:
         return ("svd",)
-    if kh == 1 or kw == 1:
+    if len(kernel) > 2:
+        return ("channel", "input", "tucker2")
+    if min(kernel) == 1:
         return ("channel", "input", "tucker2", "cp")
     return ("channel", "input", "spatial_hv", "spatial_vh", "tucker2", "cp")
 
@@ -56,7 +61,7 @@ def decompose(
 
     Args:
         form: one of `applicable(weight.shape)`.
-        weight: `(O, I, kh, kw)`.
+        weight: `(O, I, *kernel)`.
         bias: `(O,)`.
         moments: of the layer's input patches.
         weighting: `G`, `(O, O)`; None for the identity.
@@ -81,17 +86,19 @@ def decompose_all(
 
 def full_ranks(form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Ranks at which the chain equals a weight of `shape`: `Decomposition.limit`, without the moments."""
-    outputs, inputs, kh, kw = shape
+    outputs, inputs, *kernel = shape
+    taps = math.prod(kernel)
     limits: dict[Form, tuple[int, ...]] = {
-        "svd": (min(outputs, inputs * kh * kw),),
-        "channel": (min(outputs, inputs * kh * kw),),
-        "input": (min(inputs, outputs * kh * kw),),
-        "spatial_hv": (min(inputs * kh, outputs * kw),),
-        "spatial_vh": (min(inputs * kw, outputs * kh),),
-        "tucker2": (min(inputs, outputs * kh * kw), outputs),
-        "cp": (inputs * kh * kw,),
+        "svd": (min(outputs, inputs * taps),),
+        "channel": (min(outputs, inputs * taps),),
+        "input": (min(inputs, outputs * taps),),
+        "tucker2": (min(inputs, outputs * taps), outputs),
+        "cp": (inputs * taps,),
     }
-    return limits[form]
+    if form in limits:
+        return limits[form]
+    kh, kw = kernel if form == "spatial_hv" else reversed(kernel)
+    return (min(inputs * kh, outputs * kw),)
 
 
 def skeleton(form: Form, shape: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[Stage, ...]:
@@ -99,22 +106,23 @@ def skeleton(form: Form, shape: tuple[int, ...], ranks: tuple[int, ...]) -> tupl
 
     Args:
         form: which chain.
-        shape: `(O, I, kh, kw)` of the layer's weight.
+        shape: `(O, I, *kernel)` of the layer's weight.
         ranks: `(r,)`, or `(r1, r2)` for `tucker2`.
     """
-    outputs, inputs, kh, kw = shape
-    rank = ranks[0]
+    outputs, inputs, *kernel = shape
+    rank, ones = ranks[0], [1] * len(kernel)
     if form in ("svd", "channel"):
-        return _empty(rank, inputs, kh, kw), _empty(outputs, rank, 1, 1)
+        return _empty(rank, inputs, *kernel), _empty(outputs, rank, *ones)
     if form == "input":
-        return _empty(rank, inputs, 1, 1), _empty(outputs, rank, kh, kw)
+        return _empty(rank, inputs, *ones), _empty(outputs, rank, *kernel)
+    if form == "tucker2":
+        core = _empty(ranks[1], rank, *kernel)
+        return _empty(rank, inputs, *ones), core, _empty(outputs, ranks[1], *ones)
+    kh, kw = kernel
     if form == "spatial_hv":
         return _empty(rank, inputs, kh, 1), _empty(outputs, rank, 1, kw)
     if form == "spatial_vh":
         return _empty(rank, inputs, 1, kw), _empty(outputs, rank, kh, 1)
-    if form == "tucker2":
-        core = _empty(ranks[1], rank, kh, kw)
-        return _empty(rank, inputs, 1, 1), core, _empty(outputs, ranks[1], 1, 1)
     rows = (_empty(rank, 1, kh, 1, groups=rank),) if kh > 1 else ()
     columns = (_empty(rank, 1, 1, kw, groups=rank),) if kw > 1 else ()
     return _empty(rank, inputs, 1, 1), *rows, *columns, _empty(outputs, rank, 1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -86,7 +87,7 @@ class LayerOptions:
             grid = [(max(1, int(share * current.ranks[0])),) for share in CP_SHARES]
         elif form == "tucker2":
             first, second = (spread(rank, PAIR_STEPS) for rank in current.ranks)
-            taps = self.layer.weight.shape[2] * self.layer.weight.shape[3]
+            taps = math.prod(self.layer.weight.shape[2:])
             grid = [(r1, r2) for r1 in first for r2 in second if r2 <= r1 * taps]
         else:
             grid = [(rank,) for rank in spread(current.ranks[0], STEPS)]

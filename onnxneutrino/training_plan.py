@@ -83,7 +83,7 @@ def plan_training(
         small=training_copy(model, min(batch, CHECKED_EXAMPLES), types),
         layers=layers,
         weights=_floats(copy, [*(name for layer in layers for name in layer.initializers), *trainable]),
-        loss=dataclasses.replace(loss, kind="values") if reconstruct else loss,
+        loss=dataclasses.replace(loss, label_weight=0.0) if reconstruct else loss,
         inputs=inputs,
         few=few,
         reconstruct=reconstruct,

@@ -269,7 +269,7 @@ class Workbench:
         loss = task.training.loss
         graph = build(task, network, batched=True)
         names = list(trainable_names(task, network, graph))
-        labels = task.labels and loss.kind == "classes"
+        labels = task.labels and loss.label_weight > 0
         lessons = Lessons(self._tutor, self._fed(network))
         source = examples(task.train, task.batch, task.seed + len(self.fine_tunes), lessons, labels)
 

@@ -77,7 +77,7 @@ def stage_arrays(layer: Layer, factors: Factors) -> dict[str, NDArray[Any]]:
     """The chain's initializers by name, as the graph holds them.
 
     Returns:
-        Weights `(O, I/groups, kh, kw)` of Conv stages, `(O, I/groups, k)` of 1-D ones, `(I, O)` of MatMul and
+        Weights `(O, I/groups, *kernel)` of Conv stages, `(O, I/groups, k)` of 1-D ones, `(I, O)` of MatMul and
         `(O, I)` of Gemm stages, and the bias `(O,)`; float16 where the layer's weight is, else float32.
     """
     dtype = np.float16 if layer.half else np.float32
@@ -165,12 +165,12 @@ def _chain(layer: Layer, factors: Factors) -> list[NodeProto]:
 
 
 def _conv_attributes(geometry: Geometry, groups: int, one_axis: bool) -> dict[str, Any]:
-    axes = slice(0, 1 if one_axis else 2)
-    pads = geometry.pads[:2][axes] + geometry.pads[2:][axes]
+    axes = slice(0, 1 if one_axis else None)
+    margins = geometry.margins[axes]
     return {
         "kernel_shape": geometry.kernel[axes],
         "strides": geometry.strides[axes],
-        "pads": pads,
+        "pads": [begin for begin, _ in margins] + [end for _, end in margins],
         "dilations": geometry.dilations[axes],
         "group": groups,
     }

@@ -29,6 +29,7 @@ _FLATTENING = _IDENTICAL | {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
 # Operators that keep the meaning of the axes.
 _POINTWISE = frozenset({"Relu", "LeakyRelu", "PRelu", "Elu", "Gelu", "Sigmoid", "Tanh", "Clip", "HardSwish"})
 _NCHW_TO_NHWC = [0, 2, 3, 1]
+_CONVS: Mapping[int, Kind] = {1: "conv1d", 2: "conv2d", 3: "conv3d"}  # by the number of axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +133,8 @@ def _conv(node: NodeProto, view: _View) -> Layer | str:
         return constants
     weight, attributes = constants.weight, _attributes(node)
     outputs, channels, *kernel = weight.shape
-    if len(kernel) not in (1, 2):
-        return "3-D convolution" if len(kernel) == 3 else f"convolution over {len(kernel)} axes"
+    if len(kernel) not in _CONVS:
+        return f"convolution over {len(kernel)} axes"
     if attributes.get("group", 1) != 1:
         return "depthwise convolution" if channels == 1 else "grouped convolution"
     size, target = view.shape(node.input[0]), view.shape(node.output[0])
@@ -145,19 +146,18 @@ def _conv(node: NodeProto, view: _View) -> Layer | str:
         return "auto_pad with a stride on a map of free size: export with explicit pads"
     pads = _pads(attributes, size[2:], kernel, strides, dilations)
     geometry = Geometry(
-        kernel=_pair(kernel, 1),
-        strides=_pair(strides, 1),
-        pads=(*_pair(pads[:axes], 0), *_pair(pads[axes:], 0)),
-        dilations=_pair(dilations, 1),
+        kernel=_axes(kernel, 1),
+        strides=_axes(strides, 1),
+        pads=(*_axes(pads[:axes], 0), *_axes(pads[axes:], 0)),
+        dilations=_axes(dilations, 1),
     )
     constants = replace(constants, weight=weight.reshape(outputs, channels, *geometry.kernel))
-    kind: Kind = "conv1d" if axes == 1 else "conv2d"
-    return _layer(node, kind, constants, geometry, _pair(size[2:], 1), math.prod(target[2:]))
+    return _layer(node, _CONVS[axes], constants, geometry, _axes(size[2:], 1), math.prod(target[2:]))
 
 
-def _pair(values: Sequence[int], fill: int) -> tuple[int, int]:
-    """Two axes; a 1-D Conv is a 2-D one whose map is one element wide."""
-    return values[0], values[1] if len(values) > 1 else fill
+def _axes(values: Sequence[int], fill: int) -> tuple[int, ...]:
+    """At least two axes; a 1-D Conv is a 2-D one whose map is one element wide."""
+    return tuple(values) if len(values) > 1 else (values[0], fill)
 
 
 def _pads(
@@ -331,7 +331,7 @@ def _layer(
     kind: Kind,
     constants: _Constants,
     geometry: Geometry,
-    input_size: tuple[int, int],
+    input_size: tuple[int, ...],
     positions: int,
     source: str = "",
     add: NodeProto | None = None,

@@ -377,14 +377,6 @@ def test_full_disk(folder: Folder, limit: int) -> None:
 # --- the network ----------------------------------------------------------------------------------------------------
 
 
-def test_operator_that_cannot_be_trained_is_named(folder: Folder) -> None:
-    onnx.save(convnet(NODES.replace("Relu", "Softsign")), "in.onnx")
-    np.savez("data.npz", x_train=images(), x_test=images())
-    line = folder.refused("in.onnx", "out.onnx", "--data", "data.npz", "--trainer", "ort")
-    assert "node 'act'" in line
-    assert "Softsign; use --trainer none" in line
-
-
 def test_models_to_compare_must_have_the_same_inputs(folder: Folder) -> None:
     onnx.save(convnet(sizes="N, 2, 6, 7", w2=np.zeros((672, 4))), "other.onnx")
     line = folder.refused("in.onnx", "--compare", "other.onnx", command="profile")
