@@ -2,8 +2,8 @@
 
 A `Layer` is a Conv, Gemm or MatMul seen as one linear map on patches, `y = W x + b`, with
 `W` of shape `(O, I, kh, kw)`, or `(O, I, kd, kh, kw)` for a 3-D Conv; everything the numerics
-need is in it and nothing of ONNX. A `Frozen` is a layer that stays as it is, with the reason. A `Plan` maps the name of every
-layer that is factorized to its form and ranks.
+need is in it and nothing of ONNX. A `Frozen` is a layer that stays as it is, with the reason.
+A `Plan` maps the name of every layer that is factorized to its form and ranks.
 """
 
 from __future__ import annotations

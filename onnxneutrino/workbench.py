@@ -34,6 +34,7 @@ from onnxneutrino.probe import Probe, RunNamed, divergence, features_at, probe_b
 from onnxneutrino.refit import refit
 from onnxneutrino.runtime import Runner
 from onnxneutrino.search import Candidate
+from onnxneutrino.segments import between, resting_places
 from onnxneutrino.task import FineTune, Network, Task, build, trainable_names
 from onnxneutrino.teaching import Lessons, examples
 from onnxneutrino.training_copy import check_training_copy, training_copy
@@ -45,6 +46,7 @@ SENSITIVITY_IMAGES = 512
 LEARNING_RATE = 1e-3
 TRUNCATION_IMAGES = 4096
 STOP_IMAGES = 1000
+RESTING = 1 << 26  # elements of a tensor that is kept for all probe images
 
 
 class Workbench:
@@ -77,6 +79,8 @@ class Workbench:
         self._tutor = self._teacher if alike else Runner(task.batched, learned, threads=task.threads)
         batches = probe_batches(task.train, task.evaluation_batch, task.seed, images)
         self.probe: Probe = take_probe(batches, task.layers, task.loss.outputs, _by_name(task), task.seed)
+        probed = sum(len(next(iter(batch.values()))) for batch in self.probe.batches)
+        self._places = resting_places(task.batched, task.types, task.layers, task.loss.outputs, RESTING / probed)
         self._curvature = self._output_curvature()  # before the moments: both are large
         wanted = min(images_needed(task.layers), len(task.train)) if images is None else images
         moments, self.calibration_images = self._moments(Network(), wanted, calibration_seconds)
@@ -204,15 +208,24 @@ class Workbench:
         """Solve the last factor of every chain anew, in the order of the graph."""
         task = self.task
         factors = dict(network.factors)
+        start: str | None = None
+        probe = self.probe  # with what the network computes at `start`, up to where every layer is solved
         for index, layer in enumerate(task.layers):
             if layer.name not in factors:
                 continue
             self._tell(f"{name}: refit", index / len(task.layers))
             own = factors[layer.name]
             graph = build(task, dataclasses.replace(network, factors=factors), batched=True)
-            run = Runner(graph, [last_stage(layer, own)[0]], threads=task.threads)
+            place = self._places[layer.name]
+            if place is not None and place != start:
+                step = Runner(between(graph, start, [place], task.types), threads=task.threads)
+                fed = zip(self.probe.batches, probe.batches, strict=True)
+                probe = dataclasses.replace(probe, batches=[{**plain, place: step(batch)[0]} for plain, batch in fed])
+                start = place
+            part = between(graph, start, [last_stage(layer, own)[0]], task.types)
+            run = Runner(part, threads=task.threads)
             geometry = stage_geometries(own.stages, layer.geometry)[-1]
-            features = features_at(self.probe, layer, geometry, run)
+            features = features_at(probe, layer, geometry, run)
             last = own.stages[-1]
             solved = refit(
                 features, self.probe.targets[layer.name], last.weight.reshape(len(last.weight), -1), own.bias

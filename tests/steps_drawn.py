@@ -142,7 +142,7 @@ ACTIVATIONS: tuple[tuple[str, int, dict[str, Any]], ...] = (
 
 
 def activation(d: Draft) -> None:
-    operator, since, attributes = d.pick(*(entry for entry in ACTIVATIONS if entry[1] <= d.opset))
+    operator, _, attributes = d.pick(*(entry for entry in ACTIVATIONS if entry[1] <= d.opset))
     d.add(operator, **attributes)
 
 

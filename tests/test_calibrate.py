@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,13 +29,12 @@ EXAMPLES = 6
 
 def layer(
     kind: Kind,
-    weight: tuple[int, int, int, int],
-    size: tuple[int, int] = (1, 1),
+    weight: tuple[int, ...],
+    size: tuple[int, ...] = (1, 1),
     positions: int | None = None,
     **geometry: Any,
 ) -> Layer:
     own = Geometry(kernel=weight[2:], **geometry)
-    height, width = own.output_size(*size)
     rng = np.random.default_rng(0)
     return Layer(
         name=f"{kind}_layer",
@@ -49,7 +47,7 @@ def layer(
         bias=rng.standard_normal(weight[0]).astype(np.float32),
         geometry=own,
         input_size=size,
-        positions=height * width if positions is None else positions,
+        positions=math.prod(own.output_size(*size)) if positions is None else positions,
         weight_shape=weight,
     )
 
@@ -65,6 +63,17 @@ LAYERS = {
     ),
     "one position": (layer("conv2d", (4, 2, 3, 3), (3, 3)), (2, 3, 3)),
     "conv1d": (layer("conv1d", (4, 3, 3, 1), (11, 1), strides=(2, 1), pads=(1, 0, 2, 0), dilations=(2, 1)), (3, 11)),
+    "conv3d": (
+        layer(
+            "conv3d",
+            (4, 2, 2, 3, 2),
+            (6, 5, 4),
+            strides=(2, 1, 3),
+            pads=(1, 0, 2, 0, 3, 1),
+            dilations=(1, 2, 3),
+        ),
+        (2, 6, 5, 4),
+    ),
     "gemm": (layer("gemm", (4, 7, 1, 1)), (7,)),
     "matmul": (layer("matmul", (4, 7, 1, 1)), (7,)),
     "batched matmul": (layer("matmul", (4, 7, 1, 1), positions=6), (2, 3, 7)),
@@ -82,16 +91,17 @@ def brute_force(own: Layer, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
     if own.kind in ("gemm", "matmul"):
         return tensor.reshape(len(tensor), -1, tensor.shape[-1])
     image = tensor.reshape(*tensor.shape, 1) if own.kind == "conv1d" else tensor
-    (kh, kw), (sh, sw), (dh, dw) = own.geometry.kernel, own.geometry.strides, own.geometry.dilations
-    top, left, _, _ = own.geometry.pads
-    channels, rows, columns = image.shape[1:]
-    height, width = own.geometry.output_size(rows, columns)
-    result = np.zeros((len(image), height * width, channels, kh, kw), np.float32)
-    for i, j, c, a, b in itertools.product(*(range(n) for n in (height, width, channels, kh, kw))):
-        row, column = i * sh + a * dh - top, j * sw + b * dw - left
-        if 0 <= row < rows and 0 <= column < columns:
-            result[:, i * width + j, c, a, b] = image[:, c, row, column]
-    return result.reshape(len(image), height * width, -1)
+    geometry, (channels, *size) = own.geometry, image.shape[1:]
+    begins = geometry.pads[: len(size)]
+    target = geometry.output_size(*size)
+    result = np.zeros((len(image), math.prod(target), channels, *geometry.kernel), np.float32)
+    for index, place in enumerate(np.ndindex(*target)):
+        for tap in np.ndindex(*geometry.kernel):
+            steps = zip(place, geometry.strides, tap, geometry.dilations, begins, strict=True)
+            source = [p * stride + t * dilation - begin for p, stride, t, dilation, begin in steps]
+            if all(0 <= at < n for at, n in zip(source, size, strict=True)):
+                result[(slice(None), index, slice(None), *tap)] = image[(slice(None), slice(None), *source)]
+    return result.reshape(len(image), len(result[0]), -1)
 
 
 def everywhere(own: Layer, examples: int = EXAMPLES) -> NDArray[np.int64]:
@@ -118,9 +128,9 @@ def test_patches_are_what_the_layer_multiplies(name: str) -> None:
 def test_outputs_stand_beside_their_patches(name: str) -> None:
     own, tensor = LAYERS[name][0], data(name)
     rows = brute_force(own, tensor) @ own.weight.reshape(len(own.weight), -1).T + own.bias
-    if own.kind in ("conv2d", "conv1d"):
+    if own.kind in ("conv1d", "conv2d", "conv3d"):
         y = rows.transpose(0, 2, 1)
-        if own.kind == "conv2d":
+        if own.kind != "conv1d":
             y = y.reshape(*y.shape[:2], *own.geometry.output_size(*tensor.shape[2:]))
     else:
         y = rows.reshape(EXAMPLES, *tensor.shape[1:-1], -1) if own.kind == "matmul" else rows.reshape(EXAMPLES, -1)

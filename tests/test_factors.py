@@ -26,25 +26,20 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 
 def correlate(stage: Stage, geometry: Geometry, image: Array) -> tuple[Array, int]:
-    """The stage by plain loops on one map `(I, H, W)`, in float64, and the multiplications it took."""
+    """The stage by plain loops on one map `(I, H, W)` or `(I, D, H, W)`, in float64, and its multiplications."""
     weight, groups = stage.weight.astype(np.float64), stage.groups
-    outputs, per_group, kh, kw = weight.shape
-    top, left, bottom, right = geometry.pads
-    padded = np.pad(image, ((0, 0), (top, bottom), (left, right)))
-    height, width = geometry.output_size(*image.shape[1:])
-    result = np.zeros((outputs, height, width))
+    outputs, per_group, *kernel = weight.shape
+    axes = len(kernel)
+    padded = np.pad(image, ((0, 0), *zip(geometry.pads[:axes], geometry.pads[axes:], strict=True)))
+    result = np.zeros((outputs, *geometry.output_size(*image.shape[1:])))
     count = 0
-    for o in range(outputs):
+    for o, *place in np.ndindex(*result.shape):
         start = o // (outputs // groups) * per_group
-        for y in range(height):
-            for x in range(width):
-                for i in range(per_group):
-                    for a in range(kh):
-                        for b in range(kw):
-                            row = y * geometry.strides[0] + a * geometry.dilations[0]
-                            column = x * geometry.strides[1] + b * geometry.dilations[1]
-                            result[o, y, x] += weight[o, i, a, b] * padded[start + i, row, column]
-                            count += 1
+        for i, *tap in np.ndindex(per_group, *kernel):
+            steps = zip(place, geometry.strides, tap, geometry.dilations, strict=True)
+            source = (start + i, *(p * stride + t * dilation for p, stride, t, dilation in steps))
+            result[(o, *place)] += weight[(o, i, *tap)] * padded[source]
+            count += 1
     return result, count
 
 
@@ -62,6 +57,11 @@ CHAINS = {
         Stage(normal(4, 2, 1, 1, seed=3)),
     ),
 }
+DEEP = (
+    Stage(normal(2, 3, 1, 1, 1)),
+    Stage(normal(3, 2, 3, 2, 2, seed=1)),
+    Stage(normal(4, 3, 1, 1, 1, seed=2)),
+)
 GEOMETRY = Geometry((3, 2), strides=(2, 1), pads=(1, 0, 2, 1), dilations=(1, 2))
 
 
@@ -76,6 +76,23 @@ def test_a_chain_run_by_stage_equals_its_product(form: str) -> None:
         count += used
     np.testing.assert_allclose(value, whole, rtol=1e-5, atol=1e-5)
     assert chain_macs(stages, GEOMETRY, (6, 5)) == count
+
+
+def test_a_3d_chain_run_by_stage_equals_its_product() -> None:
+    geometry = Geometry((3, 2, 2), strides=(2, 1, 1), pads=(1, 0, 0, 2, 1, 0), dilations=(1, 2, 1))
+    image = normal(3, 4, 5, 3, seed=9)
+    whole, _ = correlate(Stage(chain_product(DEEP)), geometry, image)
+    count, value = 0, image
+    for stage, own in zip(DEEP, stage_geometries(DEEP, geometry), strict=True):
+        value, used = correlate(stage, own, value)
+        count += used
+    np.testing.assert_allclose(value, whole, rtol=1e-5, atol=1e-5)
+    assert chain_macs(DEEP, geometry, (4, 5, 3)) == count
+
+
+def test_a_geometry_has_as_many_of_everything_as_axes() -> None:
+    with pytest.raises(ValueError, match=r"strides \(1, 1\), .* for \(3, 3, 3\)"):
+        Geometry((3, 3, 3))
 
 
 def test_a_grouped_stage_written_out_is_the_same_convolution() -> None:

@@ -236,7 +236,7 @@ REASONS = {
     "transposed convolution": ("[c] y = ConvTranspose(x, w)", IMAGE, {"w": random(8, 16, 3, 3)}),
     "depthwise convolution": ("[c] y = Conv<group = 8>(x, w)", IMAGE, {"w": random(64, 1, 3, 3)}),
     "grouped convolution": ("[c] y = Conv<group = 2>(x, w)", IMAGE, {"w": random(16, 4, 3, 3)}),
-    "3-D convolution": ("[c] y = Conv(x, w)", "float[N, 4, 5, 5, 5] x", {"w": random(8, 4, 3, 3, 3)}),
+    "convolution over 4 axes": ("[c] y = Conv(x, w)", "float[N, 4, 5, 5, 5, 5] x", {"w": random(8, 4, 3, 3, 3, 3)}),
     "no form has fewer parameters": ("[c] y = Conv(x, w)", IMAGE, {"w": random(3, 8, 3, 3)}),
     "weight is computed at run time": ("v = Relu(w) [c] y = Conv(x, v)", IMAGE, {"w": W}),
     "bias is computed at run time": ("v = Relu(b) [c] y = Conv(x, w, v)", IMAGE, {"w": W, "b": random(16)}),

@@ -17,7 +17,8 @@ from onnxneutrino.plan import FORMS, Array, Form, Geometry
 from onnxneutrino.runtime import Runner
 
 KERNELS = {"square": (6, 5, 3, 3), "wide": (9, 4, 2, 3), "tall": (5, 6, 3, 1), "flat": (5, 6, 1, 3)}
-CASES = [(form, shape) for shape in (*KERNELS.values(), (6, 9, 1, 1)) for form in applicable(shape)]
+DEEP = ((6, 5, 3, 2, 2), (5, 6, 3, 1, 1), (6, 9, 1, 1, 1))  # kernels of 3-D convolutions
+CASES = [(form, shape) for shape in (*KERNELS.values(), (6, 9, 1, 1), *DEEP) for form in applicable(shape)]
 
 
 def normal(*shape: int, seed: int = 0) -> Array:
@@ -39,7 +40,7 @@ def moments_of(rows: Array) -> Moments:
 def layer(shape: tuple[int, ...], count: int = 900) -> tuple[Array, Array, Array, Moments]:
     """Weight, bias, rows and their moments; weight rows decay, as trained ones do."""
     decay = 1 / np.sqrt(np.arange(1, shape[0] + 1, dtype=np.float32))
-    weight = normal(*shape, seed=7) * decay[:, None, None, None]
+    weight = normal(*shape, seed=7) * decay.reshape(-1, *[1] * (len(shape) - 1))
     rows = correlated_rows(count, int(np.prod(shape[1:])))
     return weight, normal(shape[0], seed=8), rows, moments_of(rows)
 
@@ -73,11 +74,12 @@ def model(stages: tuple[Stage, ...], bias: Array, geometry: Geometry, channels: 
                 group=stage.groups,
             )
         )
+    free = [f"{axis}" for axis in range(len(geometry.kernel))]
     graph = helper.make_graph(
         nodes,
         "chain",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", channels, "h", "w"])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", len(bias), "a", "b"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", channels, *free])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", len(bias), *(f"{axis} out" for axis in free)])],
         arrays,
     )
     built = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -101,15 +103,16 @@ def test_full_rank_is_the_layer(form: Form, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("form", "shape"), CASES)
 def test_full_rank_is_the_layer_in_the_runtime(form: Form, shape: tuple[int, ...]) -> None:
     weight, bias, _, moments = layer(shape)
-    kernel = (shape[2], shape[3])
+    kernel = shape[2:]
+    axes = len(kernel)
     covers = [int(k > 1) for k in kernel]
     geometry = Geometry(
         kernel,
-        strides=(2, 1),
-        pads=(1 * covers[0], 0, 2 * covers[0], 1 * covers[1]),
-        dilations=(1, 1 + covers[1]),
+        strides=(2, 1, 3)[:axes],
+        pads=tuple(n * own for n, own in zip((*(1, 0, 2)[:axes], *(2, 1, 0)[:axes]), covers * 2, strict=True)),
+        dilations=tuple(1 + own * n for n, own in zip((0, 1, 1), covers, strict=False)),
     )
-    image = normal(2, shape[1], 9, 8, seed=4)
+    image = normal(2, shape[1], *(9, 8, 7)[:axes], seed=4)
     factors = decompose(form, weight, bias, moments).factors(full(form, shape))
     (wanted,) = Runner(model((Stage(weight),), bias, geometry, shape[1]))({"x": image})
     (got,) = Runner(model(factors.stages, factors.bias, geometry, shape[1]))({"x": image})
@@ -257,6 +260,8 @@ def test_the_limit_of_a_decomposition_is_the_full_rank(form: Form, shape: tuple[
 def test_the_table_has_every_form_and_every_kernel_its_forms() -> None:
     assert tuple(METHODS) == FORMS
     assert applicable((4, 3, 1, 1)) == ("svd",)
+    assert applicable((4, 3, 1, 1, 1)) == ("svd",)
+    assert applicable((4, 3, 5, 5, 5)) == applicable((4, 3, 1, 5, 1)) == ("channel", "input", "tucker2")
     assert applicable((4, 3, 5, 1)) == ("channel", "input", "tucker2", "cp")
     assert set(applicable((4, 3, 3, 3))) == set(FORMS) - {"svd"}
     weight, bias, _, moments = layer(KERNELS["square"])

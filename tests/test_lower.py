@@ -24,9 +24,7 @@ def ops(model: ModelProto) -> list[str]:
 
 def test_every_module_is_in_a_tuple_or_listed() -> None:
     modules = {path.stem for path in Path(passes.__file__).parent.glob("*.py")} - {"__init__"}
-    ordered = {
-        step.__module__.rpartition(".")[2] for step in (*passes.NORMALIZE, *passes.LOWER_FIRST, *passes.LOWER)
-    }
+    ordered = {step.__module__.rpartition(".")[2] for step in (*passes.NORMALIZE, *passes.LOWER_FIRST, *passes.LOWER)}
     assert ordered.isdisjoint(passes.OTHERS)
     assert ordered | set(passes.OTHERS) == modules
 

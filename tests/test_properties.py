@@ -10,7 +10,7 @@ import os
 import numpy as np
 import pytest
 from graphs_drawn import Drawn, graphs
-from hypothesis import HealthCheck, Phase, assume, event, given, settings
+from hypothesis import HealthCheck, Phase, assume, event, given, note, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, helper, numpy_helper
 from steps_drawn import STEPS
@@ -61,6 +61,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
 
 def usable(drawn: Drawn) -> np.ndarray:
     """The graph's outputs, where the runtime computes it and single precision is enough to compare them."""
+    note(drawn.text())
     inputs = drawn.inputs()
     try:
         found = outputs(drawn.model, inputs)
@@ -85,7 +86,7 @@ def test_normalized_and_factorized_at_full_rank_it_computes_the_same(drawn: Draw
     wanted = usable(drawn)
     inputs = drawn.inputs()
     model, notes = normalize(drawn.model, [inputs], lambda own, sample: Runner(own)(sample))
-    assert not [note for note in notes if " undone: " in note and not note.startswith("slim ")]
+    assert not [line for line in notes if " undone: " in line and not line.startswith("slim ")]
     assert difference(wanted, outputs(model, inputs)) < OUTPUT_TOLERANCE
     layers = layers_of(model)
     factors = {}

@@ -65,9 +65,7 @@ def checked(model: ModelProto) -> Verdict:
 def planned(model: ModelProto, reconstruct: bool = False) -> TrainingPlan:
     types = tensor_types(model, {"x": (1, 4, 8, 8)})
     layers = [layer for layer in find_layers(model, types) if isinstance(layer, Layer)]
-    return plan_training(
-        model, types, layers, [], VALUES, inputs(), batch=BATCH, reconstruct=reconstruct, threads=1
-    )
+    return plan_training(model, types, layers, [], VALUES, inputs(), batch=BATCH, reconstruct=reconstruct, threads=1)
 
 
 def test_right_gradients_pass() -> None:

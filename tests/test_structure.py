@@ -37,6 +37,7 @@ TIERS = (
     ("passes",),
     ("calibrate", "layer_options", "refit", "search", "finetune", "normalize"),
     ("blocks",),
+    ("segments",),
     ("training_copy", "prepare", "probe", "teaching", "gradcheck"),
     ("selfcheck", "curvature"),
     ("training_plan",),
