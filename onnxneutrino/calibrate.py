@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,20 @@ from onnxneutrino.moments import BLOCK, MomentSum
 from onnxneutrino.plan import Array, Geometry, Layer
 
 Run = Callable[[Mapping[str, NDArray[Any]]], list[NDArray[Any]]]
+Keep = Callable[[NDArray[Any]], NDArray[Any]]
 ROWS_PER_DIMENSION = 5
 IMAGES = (512, 20480)
 
 
-def images_needed(layers: Sequence[Layer]) -> int:
-    """Examples to calibrate on, so that every layer gets five rows per dimension where its map allows."""
-    wanted = max((ROWS_PER_DIMENSION * layer.patch / layer.positions for layer in layers), default=0)
+def in_place(array: NDArray[Any]) -> NDArray[Any]:
+    """The array itself."""
+    return array
+
+
+def images_needed(layers: Sequence[Layer], rows: float = ROWS_PER_DIMENSION) -> int:
+    """Examples to calibrate on, so that every layer gets `rows` rows per dimension where its map allows."""
+    sizes = ((layer.patch, sum(use.positions for use in layer.uses)) for layer in layers)
+    wanted = max((rows * patch / positions for patch, positions in sizes), default=0)
     return int(min(max(math.ceil(wanted), IMAGES[0]), IMAGES[1]))
 
 
@@ -88,8 +96,12 @@ def calibrate(
     deadline: float = math.inf,
     progress: Callable[[int], None] = lambda done: None,
     threads: int = 1,
+    rows: float = ROWS_PER_DIMENSION,
+    keep: Keep = in_place,
 ) -> tuple[dict[str, Moments], int]:
     """Moments of every layer's input patches, and the number of examples they come from.
+
+    Where several places apply one weight, each gives equally many of its patches, as far as its map has them.
 
     Args:
         run: runs the network on one batch and returns `tensors`.
@@ -101,23 +113,26 @@ def calibrate(
         deadline: on the clock of `time.perf_counter`.
         progress: called with the examples done.
         threads: layers to work on at the same time.
+        rows: patches of a layer, by their dimension.
+        keep: puts an array where it may stay.
     """
     sums = {layer.name: MomentSum(layer.patch) for layer in layers}
     done = 0
 
-    def add(layer: Layer, tensor: NDArray[Any], size: int) -> None:
-        per_example = math.ceil(ROWS_PER_DIMENSION * layer.patch / examples)
-        positions = sample_positions(layer, size, per_example, seed + done)
-        step = max(1, BLOCK // positions.shape[1])  # a batch's patches at once may take hundreds of megabytes
-        for start in range(0, size, step):
-            part = slice(start, start + step)
-            sums[layer.name].add(patches(layer, layer.geometry, tensor[part], positions[part]))
+    def add(layer: Layer, inputs: Sequence[NDArray[Any]], size: int) -> None:
+        per_example = math.ceil(rows * layer.patch / (examples * len(inputs)))
+        for use, tensor in zip(layer.uses, inputs, strict=True):
+            positions = sample_positions(use, size, per_example, seed + done)
+            step = max(1, BLOCK // positions.shape[1])  # a batch's patches at once may take hundreds of megabytes
+            for start in range(0, size, step):
+                part = slice(start, start + step)
+                sums[layer.name].add(patches(use, use.geometry, tensor[part], positions[part]))
 
     with ThreadPoolExecutor(threads) as pool:
         for batch in batches:
             size = len(next(iter(batch.values())))
             values = dict(zip(tensors, run(batch), strict=True))
-            inputs = [values[layer.input] for layer in layers]
+            inputs = [[values[use.input] for use in layer.uses] for layer in layers]
             list(pool.map(add, layers, inputs, [size] * len(layers)))
             del values, inputs  # or they would stay while the next batch runs
             done += size
@@ -125,4 +140,9 @@ def calibrate(
             if done >= examples or time.perf_counter() > deadline:
                 break
     # One layer after the other gives up its sum, so that sums and moments are not both there in full.
-    return {layer.name: sums.pop(layer.name).moments() for layer in layers}, done
+    return {layer.name: _kept(sums.pop(layer.name).moments(), keep) for layer in layers}, done
+
+
+def _kept(moments: Moments, keep: Keep) -> Moments:
+    sigma = None if moments.sigma is None else keep(moments.sigma)
+    return replace(moments, sigma=sigma, rows=None if moments.rows is None else keep(moments.rows))

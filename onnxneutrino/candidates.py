@@ -98,12 +98,15 @@ def params_of(layer: Layer, stages: tuple[Stage, ...]) -> int:
 
 
 def macs_of(layer: Layer, stages: tuple[Stage, ...]) -> int:
-    """Multiply-accumulates of a chain for one example.
+    """Multiply-accumulates of a chain for one example, in all places of the layer.
 
     A MatMul's map is `1 × 1`; its `positions` multiply what one position costs.
     """
-    size = layer.geometry.output_size(*layer.input_size)
-    return chain_macs(stages, layer.geometry, layer.input_size) * (layer.positions // math.prod(size))
+    total = 0
+    for use in layer.uses:
+        size = use.geometry.output_size(*use.input_size)
+        total += chain_macs(stages, use.geometry, use.input_size) * (use.positions // math.prod(size))
+    return total
 
 
 def rank_grid(layer: Layer, form: Form) -> list[tuple[int, ...]]:

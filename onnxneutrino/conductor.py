@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from threadpoolctl import threadpool_limits
 
-from onnxneutrino import cost, metrics, prepare
+from onnxneutrino import cost, large, metrics, prepare
 from onnxneutrino.candidates import whole_point
 from onnxneutrino.config import Config
 from onnxneutrino.data import Dataset, Deciding, Inputs, deciding
@@ -31,7 +31,7 @@ from onnxneutrino.report import CandidateRow, Event, Report
 from onnxneutrino.runtime import Runner, random_inputs, runtime_conflict
 from onnxneutrino.search import Candidate, Settings, accepted, search
 from onnxneutrino.summary import Chosen, candidate_row, make_report, with_file_size
-from onnxneutrino.task import Marked, Task, build, trainable_initializers
+from onnxneutrino.task import Marked, Network, Task, build, trainable_initializers
 from onnxneutrino.training_plan import plan_training
 from onnxneutrino.weights import stored_bytes
 from onnxneutrino.workbench import Workbench
@@ -50,6 +50,7 @@ class Result:
     model: ModelProto | None
     report: Report
     shapes: Mapping[str, tuple[int, ...]]
+    network: Network | None = None  # large tensors of the model lie in files that go with it
 
 
 class Clock:
@@ -139,6 +140,7 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     if config.trainer != "none":
         clock.phase("check gradients")
         task = with_training(task, config, warnings)
+    warnings.extend(large.notes(task.layers, task.training is not None))
     clock.phase("calibrate")
     bench = Workbench(task, CALIBRATION_SHARE * config.time_limit, lambda what, share: clock.tell(what))
     reserve = VERIFICATIONS * evaluation_seconds + VERIFY_SECONDS
@@ -179,7 +181,7 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     )
     clock.phase("")
     final = None if config.dry_run else build(task, chosen.network)
-    return Result(final, dataclasses.replace(report, seconds=clock.seconds), opened.shapes)
+    return Result(final, dataclasses.replace(report, seconds=clock.seconds), opened.shapes, chosen.network)
 
 
 def candidate_line(candidate: Candidate, ok: bool, full_cost: float) -> str:

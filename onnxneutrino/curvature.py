@@ -57,7 +57,7 @@ def output_curvature(
     copy = training_copy(model, batch, types)
     fed = {value.name: tuple(int(size or 1) for size in declared_shape(value) or ()) for value in real_inputs(copy)}
     seen = tensor_types(copy, fed)
-    shapes = {layer.output: seen[layer.output].shape for layer in layers}
+    shapes = {use.output: seen[use.output].shape for layer in layers for use in layer.uses}
     copy, weights = with_weights_fed(with_zeros(copy, shapes), {name + SUFFIX for name in shapes})
     sums = {layer.name: np.zeros((len(layer.bias), len(layer.bias))) for layer in layers}
     generator = np.random.default_rng(seed)
@@ -68,10 +68,10 @@ def output_curvature(
             logits = teacher(inputs)
             gradients = trainer.gradients(Example({**inputs, **weights}, logits, _draw(logits[0], generator)))
             count += len(logits[0])
-            for layer in layers:
+            for name, use in ((layer.name, use) for layer in layers for use in layer.uses):
                 # The loss is a mean over the batch; one example's own gradient is that many times as large.
-                own = _by_output(layer, gradients[layer.output + SUFFIX]) * len(logits[0])
-                sums[layer.name] += own.T @ own
+                own = _by_output(use, gradients[use.output + SUFFIX]) * len(logits[0])
+                sums[name] += own.T @ own
     return {name: np.asarray(total / max(count, 1), np.float32) for name, total in sums.items()}
 
 

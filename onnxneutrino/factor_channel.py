@@ -8,14 +8,16 @@ With a weighting G: eigenvectors of `G^½WΣWᵀG^½`, `M = G^-½ E Eᵀ G^½ W`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxneutrino.factor_fit import Double, Problem, check_ranks, pointwise, stage, top_eigenvectors
 from onnxneutrino.factors import Factors
-from onnxneutrino.plan import Form
+from onnxneutrino.plan import Array, Form
 
 
 class OutputProjection:
@@ -24,6 +26,7 @@ class OutputProjection:
     def __init__(self, form: Form, problem: Problem) -> None:
         self.form = form
         self.problem = problem
+        self._kept: tuple[Double, Array] | None = None
 
     @property
     def limit(self) -> tuple[int, ...]:
@@ -51,11 +54,22 @@ class OutputProjection:
         """The chain at `ranks`: `EᵀG^½W` and `G^-½E`."""
         check_ranks(self.form, ranks, self.limit)
         (rank,) = ranks
-        errors, vectors = self._spectrum
-        kept = vectors[:, :rank]
+        kept: NDArray[Any]
+        if self._kept is not None and rank <= self._kept[1].shape[1]:
+            errors, kept = self._kept[0], self._kept[1][:, :rank]
+        else:
+            errors, kept = self._spectrum[0], self._spectrum[1][:, :rank]
         first = (kept.T @ self.problem.target).reshape(rank, *self.problem.weight.shape[1:])
         stages = (stage(first), pointwise(self.problem.unweighted(kept), first.ndim - 2))
         return self.problem.chain(self.form, ranks, stages, float(errors[rank]))
 
     def release(self) -> None:
         """Nothing: the eigenvectors serve every rank and are small."""
+
+    def spill(self, most: int, keep: Callable[[Array], Array]) -> None:
+        """Leave the eigenvectors for ranks up to `most` where `keep` puts them, in single precision."""
+        if self._kept is None:
+            errors, vectors = self._spectrum
+            self._kept = errors, keep(np.asarray(vectors[:, :most], np.float32))
+        self.__dict__.pop("_spectrum", None)
+        self.problem.__dict__.pop("target_sigma", None)

@@ -27,8 +27,9 @@ class Tucker2:
 
     @property
     def limit(self) -> tuple[int, ...]:
-        """`min(I, O·kh·kw)` and `O`; r2 is also at most `r1·kh·kw`."""
-        return self.features.limit, len(self.problem.target)
+        """`min(I, O·kh·kw)` and `min(O, I·kh·kw)`; r2 is also at most `r1·kh·kw`."""
+        r1 = self.features.limit
+        return r1, min(len(self.problem.target), r1 * self.features.taps)
 
     def errors(self, grid: Sequence[tuple[int, ...]]) -> list[float]:
         """Relative squared output error at each `(r1, r2)` of `grid`."""

@@ -149,11 +149,21 @@ def has_gradient(node: onnx.NodeProto) -> bool:
         return False
     if node.op_type == "Conv":
         return attributes.get("group", 1) == 1 or len(attributes.get("kernel_shape", (1, 1))) == 2
+    if attributes.get("ceil_mode", 0) and node.op_type in ("AveragePool", "MaxPool") and not _covers(attributes):
+        return False
     if node.op_type == "AveragePool":
         return len(attributes.get("kernel_shape", ())) < 3 and set(attributes.get("dilations", (1,))) == {1}
     if node.op_type == "MaxPool":
         return not attributes.get("storage_order", 0)
     return True
+
+
+def _covers(pool: Mapping[str, Any]) -> bool:
+    """Whether no window of a pool with `ceil_mode` can start behind the data: what it gives is not defined."""
+    kernel = pool["kernel_shape"]
+    ones, after = [1] * len(kernel), pool.get("pads", [0, 0] * len(kernel))[len(kernel) :]
+    axes = zip(kernel, pool.get("strides", ones), pool.get("dilations", ones), after, strict=True)
+    return all((size - 1) * dilation + 1 >= stride + end for size, stride, dilation, end in axes)
 
 
 class Trainer:

@@ -92,7 +92,7 @@ def full_ranks(form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:
         "svd": (min(outputs, inputs * taps),),
         "channel": (min(outputs, inputs * taps),),
         "input": (min(inputs, outputs * taps),),
-        "tucker2": (min(inputs, outputs * taps), outputs),
+        "tucker2": (min(inputs, outputs * taps), min(outputs, inputs * taps)),
         "cp": (inputs * taps,),
     }
     if form in limits:

@@ -19,7 +19,9 @@ from onnxneutrino.losses import Loss, loss_inputs, with_loss
 from onnxneutrino.runtime import Runner
 from onnxneutrino.weights import array
 
-MOVES = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4)  # of the loss, relative, by the gradient that is checked
+# By how much a step moves the loss, relative, by the gradient that is checked; the likeliest to do comes first.
+MOVES = (1e-3, 1e-4, 1e-2, 3e-5, 3e-2)
+ENOUGH = 5e-3  # an error with which no other step is tried
 FARTHEST = 3e-2  # of the arrays, relative
 NOISE = 1e-6  # relative noise of a loss in single precision
 
@@ -110,7 +112,7 @@ def _derivative(
     here = abs(loss_at(start))
     best: Derivative | None = None
     for move in MOVES:
-        change = farthest * move / MOVES[0]
+        change = farthest * move / max(MOVES)
         if analytic:
             change = min(change, move * here / abs(analytic))
         ahead, behind = (
@@ -120,6 +122,8 @@ def _derivative(
         noise = NOISE * max(abs(ahead), abs(behind)) / change
         tried = Derivative(tuple(names), analytic, numeric, max(abs(analytic), abs(numeric), noise, 1e-30))
         best = tried if best is None or tried.error < best.error else best
+        if best.error <= ENOUGH:
+            break
     assert best is not None
     return best
 

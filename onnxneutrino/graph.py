@@ -127,8 +127,8 @@ def with_arrays(model: ModelProto, arrays: Mapping[str, Tensor]) -> ModelProto:
     missing = set(arrays)
     for tensor in copy.graph.initializer:
         if tensor.name in arrays:
-            value = np.asarray(arrays[tensor.name]).astype(element_dtype(tensor.data_type))
-            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+            value = np.asarray(arrays[tensor.name]).astype(element_dtype(tensor.data_type), copy=False)
+            tensor.CopyFrom(weights.initializer(value, tensor.name))
             missing.discard(tensor.name)
     for node in copy.graph.node:
         if node.op_type == "Constant" and node.output[0] in arrays:

@@ -78,7 +78,7 @@ def analyze(path: Path, config: Config) -> list[AnalyzedLayer]:
                 op=layer.op,
                 weight_shape=layer.weight_shape,
                 params=layer.params,
-                macs=macs.get(name, 0),
+                macs=layer.macs if isinstance(layer, Layer) else macs.get(name, 0),
                 forms=applicable(layer.weight.shape) if isinstance(layer, Layer) else (),
                 sensitivity=errors.get(name),
                 reason=layer.reason if isinstance(layer, Frozen) else None,
@@ -130,7 +130,7 @@ def sensitivities(marked: Marked, train: Split, config: Config) -> dict[str, flo
 
     Layers that no form brings to half are left out.
     """
-    tensors = sorted({layer.input for layer in marked.layers})
+    tensors = sorted({use.input for layer in marked.layers for use in layer.uses})
     if not tensors:
         return {}
     batch = prepare.evaluation_batch(marked.opened) if marked.freed else 1

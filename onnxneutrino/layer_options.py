@@ -5,15 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
+
+from numpy.typing import NDArray
 
 from onnxneutrino.allocate import Option
 from onnxneutrino.candidates import Point, candidates, cp_challenger, options, point, spread, whole_point
+from onnxneutrino.factor_channel import OutputProjection
 from onnxneutrino.factor_fit import Decomposition
 from onnxneutrino.factors import Factors, Moments
 from onnxneutrino.forms import decompose, decompose_all
+from onnxneutrino.passes.factorize import read_factors, stage_arrays
 from onnxneutrino.plan import Array, Choice, Form, Layer
 
+Keep = Callable[[NDArray[Any]], NDArray[Any]]
 PAIR_STEPS = 12
 STEPS = 24
 CP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -43,6 +50,7 @@ class LayerOptions:
         objective: str,
         current: Factors | None = None,
         weighting: Array | None = None,
+        keep: Keep | None = None,
     ) -> None:
         """Prepare the fits; the expensive part runs when options or factors are asked for.
 
@@ -52,15 +60,31 @@ class LayerOptions:
             objective: what costs are counted in.
             current: the trained chain whose product the weight is; the form is then frozen.
             weighting: of the outputs, `(O, O)`, see `curvature`; None where all matter alike.
+            keep: puts an array where it may stay, for a model whose fits cannot be in memory all at once: they are
+                then forgotten after every use. None keeps them.
         """
         self.layer = layer
         self.current = current
         self._unit = cost_unit(layer, objective)
-        self.fits: Mapping[Form, Decomposition] = (
-            decompose_all(layer.weight, layer.bias, moments, weighting)
-            if current is None
-            else {current.form: decompose(current.form, layer.weight, layer.bias, moments, weighting)}
-        )
+        self._moments = moments
+        self._weighting = weighting
+        self._keep = keep
+        self._fits: dict[Form, Decomposition] | None = None
+        self._highest = 0
+        self._spilled: dict[Form, Decomposition] = {}
+
+    @property
+    def fits(self) -> Mapping[Form, Decomposition]:
+        """The fit of every form."""
+        if self._fits is None:
+            given = (self.layer.weight, self.layer.bias, self._moments, self._weighting)
+            made = (
+                decompose_all(*given)
+                if self.current is None
+                else {self.current.form: decompose(self.current.form, *given)}
+            )
+            self._fits = {**made, **self._spilled}
+        return self._fits
 
     @cached_property
     def whole(self) -> Option:
@@ -71,6 +95,7 @@ class LayerOptions:
     def options(self) -> list[Option]:
         """Options, cheapest and worst first; the loss is the relative output error."""
         points = candidates(self.layer, self.fits) if self.current is None else self._smaller(self.current)
+        self._highest = max((own.choice.ranks[0] for own in points if own.choice is not None), default=0)
         self._release()
         return options(tuple(points), self._unit)
 
@@ -78,6 +103,13 @@ class LayerOptions:
         """Keep of the fits what every plan needs: a network's layers are all in memory at once."""
         for fit in self.fits.values():
             fit.release()
+        if self._keep is None:
+            return
+        for form, fit in self.fits.items():
+            if isinstance(fit, OutputProjection) and self._highest:
+                fit.spill(self._highest, self._keep)
+                self._spilled[form] = fit
+        self._fits = None
 
     def _smaller(self, current: Factors) -> list[Point]:
         """The trained chain as it is, and truncations of its product."""
@@ -107,7 +139,7 @@ class LayerOptions:
             return self.current
         found = self.fits[choice.form].factors(choice.ranks)
         self._release()
-        return found
+        return found if self._keep is None else kept_factors(self.layer, found, self._keep)
 
     def challenger(self, option: Option) -> Option:
         """CP at equal cost where its error is lower, else the option itself."""
@@ -116,6 +148,18 @@ class LayerOptions:
         found = cp_challenger(self.layer, option, self.fits["cp"], self._unit)
         self._release()
         return found
+
+
+def kept_factors(layer: Layer, own: Factors, keep: Keep) -> Factors:
+    """The same factors with their arrays where `keep` puts them, stored as the graph holds them.
+
+    Float16 layers are left as they are: their graph holds other numbers than their factors.
+    """
+    if layer.half:
+        return own
+    arrays = {name: keep(array) for name, array in stage_arrays(layer, own).items()}
+    kept: Factors = read_factors(layer, own, arrays)
+    return replace(kept, error=own.error)
 
 
 def chains(fitted: Mapping[str, LayerOptions], choices: Mapping[str, Option], threads: int) -> dict[str, Factors]:

@@ -75,6 +75,8 @@ class Layer:
         weight_shape: shape of the weight as it stands in the graph.
         half: the weight is float16 in the graph.
         initializers: names of weight and bias tensors in the graph, for looking trained values up.
+        others: the other places where the graph applies the same weight and bias, in its order; each a layer
+            of the same kind. One chain of factors then stands in all places.
     """
 
     name: str
@@ -91,6 +93,12 @@ class Layer:
     weight_shape: tuple[int, ...]
     half: bool = False
     initializers: tuple[str, ...] = ()
+    others: tuple[Layer, ...] = ()
+
+    @property
+    def uses(self) -> tuple[Layer, ...]:
+        """This layer and the others of its weight."""
+        return self, *self.others
 
     @property
     def params(self) -> int:
@@ -104,8 +112,8 @@ class Layer:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one example: `positions · O · D`, `D` the elements of a patch."""
-        return self.positions * self.weight.size
+        """Multiply-accumulates of one example in all places: `positions · O · D`, `D` the elements of a patch."""
+        return sum(use.positions for use in self.uses) * self.weight.size
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
 
-from onnxneutrino.calibrate import Run, outputs_at, patches, sample_positions
+from onnxneutrino.calibrate import Keep, Run, in_place, outputs_at, patches, sample_positions
 from onnxneutrino.data import Inputs, Split
+from onnxneutrino.factors import Stage, stage_geometries
 from onnxneutrino.losses import Loss, rows, softmax
-from onnxneutrino.plan import Array, Geometry, Layer
+from onnxneutrino.plan import Array, Layer
+from onnxneutrino.runtime import Runner
 
 RunNamed = Callable[[Inputs], Mapping[str, NDArray[Any]]]
 PROBE_BYTES = 64 << 20
@@ -31,8 +34,8 @@ class Probe:
     Attributes:
         batches: inputs.
         outputs: for each batch the tensors that the loss reads.
-        positions: for each layer and batch, `(n, k)`.
-        targets: for each layer the original's outputs there, `(rows, O)`.
+        positions: for each layer, each of its places under its own name, and batch, `(n, k)`.
+        targets: for each layer the original's outputs there, `(rows, O)`; of one example all places stand together.
     """
 
     batches: Sequence[Inputs]
@@ -41,15 +44,17 @@ class Probe:
     targets: Mapping[str, Array]
 
 
-def probe_batches(split: Split, size: int, seed: int, images: int | None = None) -> list[Inputs]:
-    """Shuffled, augmented training inputs: `images`, or as many as 64 MB hold, from 64 to 2048."""
+def probe_batches(
+    split: Split, size: int, seed: int, images: int | None = None, most: int = PROBE_IMAGES[1]
+) -> list[Inputs]:
+    """Shuffled, augmented training inputs: `images`, or as many as 64 MB hold, from 64 to `most`."""
     taken: list[Inputs] = []
     count = 0
     wanted = math.inf if images is None else images
     for batch in split.batches(size, seed=seed, augment=True):
         if images is None and not taken:
             own = sum(array.nbytes for array in batch.inputs.values()) / len(batch)
-            wanted = min(max(PROBE_BYTES / max(own, 1.0), PROBE_IMAGES[0]), PROBE_IMAGES[1])
+            wanted = min(max(PROBE_BYTES / max(own, 1.0), PROBE_IMAGES[0]), most)
         taken.append(batch.inputs)
         count += len(batch)
         if count >= wanted:
@@ -57,8 +62,21 @@ def probe_batches(split: Split, size: int, seed: int, images: int | None = None)
     return taken
 
 
+def by_name(model: ModelProto, outputs: Sequence[str], layers: Sequence[Layer], threads: int) -> RunNamed:
+    """Run a network for what the loss reads and what the layers put out, in one go."""
+    names = list(dict.fromkeys([*outputs, *(use.output for layer in layers for use in layer.uses)]))
+    runner = Runner(model, names, threads=threads)
+    return lambda inputs: dict(zip(names, runner(inputs), strict=True))
+
+
 def take_probe(
-    batches: Sequence[Inputs], layers: Sequence[Layer], outputs: Sequence[str], run: RunNamed, seed: int
+    batches: Sequence[Inputs],
+    layers: Sequence[Layer],
+    outputs: Sequence[str],
+    run: RunNamed,
+    seed: int,
+    most: int = REFIT_ROWS,
+    keep: Keep = in_place,
 ) -> Probe:
     """Run the original on the probe.
 
@@ -68,12 +86,15 @@ def take_probe(
         outputs: the tensors that the loss reads.
         run: gives these tensors and the layers' outputs by name.
         seed: of the sampled positions.
+        most: rows of a layer, about, where it has several positions.
+        keep: puts an array where it may stay.
     """
     sizes = [len(next(iter(batch.values()))) for batch in batches]
-    per_example = max(1, REFIT_ROWS // max(sum(sizes), 1))
+    per_example = max(1, most // max(sum(sizes), 1))
     positions = {
-        layer.name: [sample_positions(layer, size, per_example, seed + index) for index, size in enumerate(sizes)]
+        use.name: [sample_positions(use, size, per_example, seed + index) for index, size in enumerate(sizes)]
         for layer in layers
+        for use in layer.uses
     }
     targets: dict[str, list[Array]] = {layer.name: [] for layer in layers}
     originals = []
@@ -81,18 +102,37 @@ def take_probe(
         values = run(batch)
         originals.append([values[name] for name in outputs])
         for layer in layers:
-            targets[layer.name].append(outputs_at(layer, values[layer.output], positions[layer.name][index]))
-    return Probe(batches, originals, positions, {name: np.concatenate(own) for name, own in targets.items()})
-
-
-def features_at(probe: Probe, layer: Layer, geometry: Geometry, run: Run) -> Array:
-    """Patches of the tensor that `run` returns, at the layer's probe positions; `(rows, d)`."""
-    return np.concatenate(
-        [
-            patches(layer, geometry, run(batch)[0], probe.positions[layer.name][index])
-            for index, batch in enumerate(probe.batches)
-        ]
+            taken = [outputs_at(use, values[use.output], positions[use.name][index]) for use in layer.uses]
+            targets[layer.name].append(_by_example(taken, sizes[index]))
+    return Probe(
+        batches, originals, positions, {layer.name: keep(np.concatenate(targets.pop(layer.name))) for layer in layers}
     )
+
+
+def features_at(probe: Probe, layer: Layer, stages: Sequence[Stage], run: Run) -> Array:
+    """What the last of `stages` reads at the layer's probe positions, in the order of its targets; `(rows, d)`.
+
+    Args:
+        probe: the inputs and positions.
+        layer: the layer.
+        stages: its chain.
+        run: gives the tensor that feeds the last stage, in each of the layer's places.
+    """
+    geometries = [stage_geometries(stages, use.geometry)[-1] for use in layer.uses]
+    found = []
+    for index, batch in enumerate(probe.batches):
+        fed = zip(layer.uses, geometries, run(batch), strict=True)
+        taken = [patches(use, own, tensor, probe.positions[use.name][index]) for use, own, tensor in fed]
+        found.append(_by_example(taken, len(probe.positions[layer.name][index])))
+    return np.concatenate(found)
+
+
+def _by_example(taken: Sequence[Array], examples: int) -> Array:
+    """Rows of several places, each in the order of the examples, as one such array."""
+    if len(taken) == 1:
+        return taken[0]
+    joined = np.concatenate([rows.reshape(examples, -1, rows.shape[-1]) for rows in taken], axis=1)
+    return joined.reshape(-1, joined.shape[-1])
 
 
 def divergence(loss: Loss, original: Sequence[Sequence[Any]], own: Sequence[Sequence[Any]]) -> float:

@@ -51,9 +51,10 @@ class Runner:
         options = session_options(threads, spinning)
         # A stock session keeps the memory of its largest run; here many stand at once.
         options.enable_cpu_mem_arena = spinning
-        crashing = _crashing_optimizers(model)
+        faulty = _faulty_optimizers(model)
         with tempfile.TemporaryDirectory(prefix="onnxneutrino-") as folder:
             if _is_large(model):
+                weights.let_go()  # of what other sessions have read
                 # Weights packed for the processor are a second copy of them.
                 options.add_session_config_entry("session.disable_prepacking", "1")
                 if not isinstance(model, Path):
@@ -63,7 +64,7 @@ class Runner:
             source = made if isinstance(made, str) else _serialized(made, Path(folder))
             try:
                 self._session = ort.InferenceSession(
-                    source, options, providers=["CPUExecutionProvider"], disabled_optimizers=crashing
+                    source, options, providers=["CPUExecutionProvider"], disabled_optimizers=faulty
                 )
             except Exception as error:
                 text = first_line(error)
@@ -100,22 +101,30 @@ def session_options(threads: int, spinning: bool = False) -> ort.SessionOptions:
     return options
 
 
-def _crashing_optimizers(model: ModelProto | Path) -> list[str]:
-    """Optimizers of the runtime that would abort the process.
+def _faulty_optimizers(model: ModelProto | Path) -> list[str]:
+    """Optimizers of the runtime (1.19.2) that would abort the process or make a graph that it then refuses.
 
-    ConvActivationFusion (1.19.2) asks which explicit input of its reader a Conv feeds, and goes past their end
-    where the reader is an If or Loop whose body reads the Conv's output.
+    ConvActivationFusion asks which explicit input of its reader a Conv feeds, and goes past their end where the
+    reader is an If or Loop whose body reads the Conv's output. SkipLayerNormFusion joins an Add and a
+    LayerNormalization over several axes to a node that takes one axis only.
     """
     if isinstance(model, Path):
         try:
             model = onnx.load(model, load_external_data=False)
         except Exception:  # no model at all: that is the runtime's to say
             return []
+    faulty = set()
     for graph in graphs(model.graph):
         convs = {name for node in graph.node if node.op_type == "Conv" for name in node.output}
         if any(any(subgraphs(node)) and not convs.isdisjoint(reads(node)) for node in graph.node):
-            return ["ConvActivationFusion"]
-    return []
+            faulty.add("ConvActivationFusion")
+        if any(node.op_type == "LayerNormalization" and _axis(node) != -1 for node in graph.node):
+            faulty.add("SkipLayerNormFusion")
+    return sorted(faulty)
+
+
+def _axis(node: onnx.NodeProto) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), -1)
 
 
 def _is_large(model: ModelProto | Path) -> bool:

@@ -31,6 +31,7 @@ from onnxneutrino.losses import Loss
 TOLERANCE = 0.05
 ATTEMPTS = 3  # a direction may cross a kink; three in a row do not
 DEEP = 4
+FAR = 10.0  # standard deviations
 TIMEOUT = 180.0
 
 
@@ -43,7 +44,9 @@ class Verdict:
     worst: float
 
 
-def gradient_check(model: ModelProto, groups: Sequence[Sequence[str]], loss: Loss, example: Example) -> Verdict:
+def gradient_check(
+    model: ModelProto, groups: Sequence[Sequence[str]], loss: Loss, example: Example, threads: int = 1
+) -> Verdict:
     """Check a training copy in a child process.
 
     Args:
@@ -52,11 +55,12 @@ def gradient_check(model: ModelProto, groups: Sequence[Sequence[str]], loss: Los
         loss: what is trained.
         example: one batch with the teacher's tensors; the targets are moved away from them, for at the teacher's own
             outputs every gradient is zero.
+        threads: for the runtime.
     """
     with tempfile.TemporaryDirectory(prefix="onnxneutrino-check-") as name:
         folder = Path(name)
         onnx.save(model, folder / "model.onnx")
-        request = {"loss": dataclasses.asdict(loss), "groups": _chosen(groups)}
+        request = {"loss": dataclasses.asdict(loss), "groups": _chosen(groups), "threads": threads}
         (folder / "loss.json").write_text(json.dumps(request), encoding="utf-8")
         arrays: dict[str, Any] = {f"input/{key}": value for key, value in example.inputs.items()}
         arrays |= {f"teacher/{index}": value for index, value in enumerate(_moved(loss, example))}
@@ -89,8 +93,11 @@ def _moved(loss: Loss, example: Example) -> list[np.ndarray]:
     for name, value in zip(loss.tensors, example.teacher, strict=True):
         array = np.asarray(value)
         if name not in loss.fed or name in loss.squared:
-            noise = generator.standard_normal(array.shape) * max(float(np.std(array)), 1e-6)
-            array = np.asarray(array + noise, np.float32)
+            offset = generator.standard_normal(array.shape)
+            if name in loss.squared:
+                # Far off on one side: near the teacher's own values curvature would hide the slope.
+                offset = FAR * (1 + offset / 2)
+            array = np.asarray(array + offset * max(float(np.std(array)), 1e-6), np.float32)
         moved.append(array)
     return moved
 
@@ -103,16 +110,18 @@ def _run(folder: Path) -> None:
     with np.load(folder / "arrays.npz") as stored:
         inputs = {key.removeprefix("input/"): stored[key] for key in stored.files if key.startswith("input/")}
         teacher = [stored[f"teacher/{index}"] for index in range(len(loss.tensors))]
-    verdict = check(onnx.load(folder / "model.onnx"), request["groups"], loss, Example(inputs, teacher, None))
+    verdict = check(onnx.load(folder / "model.onnx"), request["groups"], loss, Example(inputs, teacher, None), request["threads"])
     (folder / "result.json").write_text(json.dumps(dataclasses.asdict(verdict)), encoding="utf-8")
 
 
-def check(model: ModelProto, groups: Sequence[Sequence[str]], loss: Loss, example: Example) -> Verdict:
+def check(
+    model: ModelProto, groups: Sequence[Sequence[str]], loss: Loss, example: Example, threads: int = 1
+) -> Verdict:
     """The check itself, in this process."""
     open_groups, worst = list(groups), 0.0
     try:
         for attempt in range(ATTEMPTS):
-            found = derivatives(model, model, open_groups, loss, example, seed=attempt)
+            found = derivatives(model, model, open_groups, loss, example, threads=threads, seed=attempt)
             wrong = [own for own in found if not own.error <= TOLERANCE]
             worst = max([worst, *(own.error for own in found if own.error <= TOLERANCE)])
             if not wrong:

@@ -17,13 +17,15 @@ from onnxneutrino.errors import ModelError, TrainingError
 from onnxneutrino.finetune import Example, differentiated
 from onnxneutrino.graph import TensorType
 from onnxneutrino.graph import arrays as graph_arrays
+from onnxneutrino.groups import as_inputs, cut_out, grouped, loss_of
+from onnxneutrino.large import is_large
 from onnxneutrino.losses import PREFIX, Loss, with_loss
 from onnxneutrino.plan import Layer
 from onnxneutrino.runtime import Runner
 from onnxneutrino.selfcheck import gradient_check
 from onnxneutrino.training_copy import check_training_copy, fed_types, training_copy
 
-CHECKED_EXAMPLES = 8
+CHECKED_SHARE = 8
 TINY = 1e-12
 
 
@@ -68,24 +70,25 @@ def plan_training(
         loss: what the whole network would learn.
         inputs: `batch` examples.
         batch: examples in a step.
-        reconstruct: cut between layers too, and use no labels.
+        reconstruct: cut between layers too, and use no labels; a large model is always trained like that.
         threads: for the runtime.
 
     Raises:
         TrainingError: there is no training copy, or nothing that can be trained.
     """
+    reconstruct = reconstruct or is_large(layers)
     copy = training_copy(model, batch, types)
     check_training_copy(model, copy, inputs, threads)
-    few = {name: array[:CHECKED_EXAMPLES] for name, array in inputs.items()} if batch > CHECKED_EXAMPLES else inputs
+    count = max(1, batch // CHECKED_SHARE)
     scope = _Scope(
         model=model,
         copy=copy,
-        small=training_copy(model, min(batch, CHECKED_EXAMPLES), types),
+        small=training_copy(model, count, types),
         layers=layers,
         weights=_floats(copy, [*(name for layer in layers for name in layer.initializers), *trainable]),
         loss=dataclasses.replace(loss, label_weight=0.0) if reconstruct else loss,
         inputs=inputs,
-        few=few,
+        few={name: array[:count] for name, array in inputs.items()} if count < batch else inputs,
         reconstruct=reconstruct,
         threads=threads,
     )
@@ -130,8 +133,29 @@ def _attempt(scope: _Scope, faulty: tuple[str, ...]) -> tuple[TrainingPlan, str 
     trained = {name for block in found for name in block.layers}
     checked = [names for layer, names in zip(scope.layers, groups, strict=True) if layer.name in trained]
     example = Example(fed_types(scope.small, scope.few), _teacher(scope, own, scope.few), None)
-    verdict = gradient_check(scope.small, checked, own, example)
-    return TrainingPlan(own, tuple(found), faulty), verdict.fault
+    if is_large(scope.layers):
+        fault = _fault_in_parts(scope, own, found, checked, example)
+    else:
+        fault = gradient_check(scope.small, checked, own, example, scope.threads).fault
+    return TrainingPlan(own, tuple(found), faulty), fault
+
+
+def _fault_in_parts(
+    scope: _Scope, loss: Loss, found: Sequence[Block], layers: Sequence[Sequence[str]], example: Example
+) -> str | None:
+    """What the self-check says about the first and the last block of a large model, each cut out of it."""
+    values = {**example.inputs, **dict(zip(loss.tensors, example.teacher, strict=True))}
+    parts = grouped(scope.small, found, loss, scope.weights, 0)
+    for part in dict.fromkeys((parts[0], parts[-1])):
+        model = cut_out(scope.small, part, values)
+        held = {tensor.name for tensor in model.graph.initializer}
+        checked = [[name for name in names if name in held] for names in layers]
+        own = loss_of(part, loss)
+        few = Example(as_inputs(part, values), [values[name] for name in own.tensors], None)
+        fault = gradient_check(model, checked, own, few, scope.threads).fault
+        if fault is not None:
+            return fault
+    return None
 
 
 def _without_culprit(scope: _Scope, plan: TrainingPlan, fault: str) -> TrainingPlan:

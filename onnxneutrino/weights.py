@@ -8,6 +8,7 @@ always an initializer of the main graph; everything else of a model is in memory
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -60,6 +61,7 @@ class Target(Protocol):
 
 
 _maps: WeakValueDictionary[tuple[str, int, int], np.memmap[Any, Any]] = WeakValueDictionary()
+_held: WeakValueDictionary[str, np.memmap[Any, Any]] = WeakValueDictionary()
 
 
 def is_light(tensor: TensorProto) -> bool:
@@ -85,6 +87,9 @@ def array(tensor: TensorProto) -> Tensor:
 
 def _map(path: str) -> np.memmap[Any, Any]:
     """The bytes of a file, mapped once for all who hold a view of it."""
+    held = _held.get(path)
+    if held is not None:
+        return held
     status = os.stat(path)
     key = (path, status.st_ino, status.st_mtime_ns)
     found = _maps.get(key)
@@ -93,12 +98,47 @@ def _map(path: str) -> np.memmap[Any, Any]:
     return found
 
 
+def hold(path: str, bytes_of_file: np.memmap[Any, Any]) -> None:
+    """Let this map stand for a file that is still written to, for as long as somebody holds the map."""
+    _held[path] = bytes_of_file
+
+
+def let_go() -> None:
+    """Give the pages of all maps back to the system; they are read again where they are needed.
+
+    Pages of a file count as memory of every process that has read them, until the system wants them back.
+    """
+    for found in (*_maps.values(), *_held.values()):
+        advise = getattr(found.base, "madvise", None)  # not on Windows
+        if advise is not None:
+            advise(mmap.MADV_DONTNEED)
+
+
 def is_mapped(value: Tensor) -> bool:
     """Whether an array is a view of a memory map."""
+    return _root(value) is not None
+
+
+def _root(value: Tensor) -> np.memmap[Any, Any] | None:
+    """The map that an array is a view of."""
+    found: np.memmap[Any, Any] | None = None
     base: Any = value
-    while base is not None and not isinstance(base, np.memmap):
-        base = getattr(base, "base", None)
-    return base is not None
+    while isinstance(base, np.ndarray):
+        found = base if isinstance(base, np.memmap) else found
+        base = base.base
+    return found
+
+
+def initializer(value: Tensor, name: str) -> TensorProto:
+    """An initializer of this value; a light one where the value is a large, contiguous view of a file."""
+    root = _root(value)
+    kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+    whole = root is not None and value.flags.c_contiguous and value.nbytes >= LARGE_TENSOR_BYTES
+    if root is None or not whole or kind not in MAPPED:
+        return numpy_helper.from_array(np.asarray(value), name)
+    made = TensorProto(name=name, dims=value.shape, data_type=kind)
+    _refer(made, os.path.abspath(root.filename or ""), value.ctypes.data - root.ctypes.data, value.nbytes)
+    return made
 
 
 def attach(model: ModelProto, folder: Path) -> None:

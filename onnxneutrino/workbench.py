@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,32 +16,35 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
 
 from onnxneutrino import finetune, metrics
 from onnxneutrino.allocate import Option
-from onnxneutrino.calibrate import calibrate, images_needed
-from onnxneutrino.curvature import output_curvature
-from onnxneutrino.data import Split
-from onnxneutrino.errors import NeutrinoError, TrainingError
-from onnxneutrino.factors import Moments, stage_geometries
-from onnxneutrino.layer_options import LayerOptions, chains
+from onnxneutrino.calibrate import calibrate, images_needed, in_place
+from onnxneutrino.data import Inputs, Split
+from onnxneutrino.errors import TrainingError
+from onnxneutrino.factors import Moments
+from onnxneutrino.groups import GroupTraining, grouped
+from onnxneutrino.large import GROUP_BYTES, calibration_rows, is_large, probe_rows
+from onnxneutrino.layer_options import LayerOptions, chains, kept_factors
 from onnxneutrino.passes.factorize import last_stage, read_factors, stage_arrays, stage_names
 from onnxneutrino.passes.find_layers import find_layers
-from onnxneutrino.plan import Array, Layer
+from onnxneutrino.plan import Layer
 from onnxneutrino.prepare import evaluate
-from onnxneutrino.probe import Probe, RunNamed, divergence, features_at, probe_batches, take_probe
+from onnxneutrino.probe import PROBE_IMAGES, Probe, by_name, divergence, features_at, probe_batches, take_probe
 from onnxneutrino.refit import refit
 from onnxneutrino.runtime import Runner
 from onnxneutrino.search import Candidate
 from onnxneutrino.segments import between, resting_places
+from onnxneutrino.spool import Spool
 from onnxneutrino.task import FineTune, Network, Task, build, trainable_names
 from onnxneutrino.teaching import Lessons, examples
 from onnxneutrino.training_copy import check_training_copy, training_copy
+from onnxneutrino.weightings import output_weightings
 
-CURVATURE_BATCHES = 32
 CALIBRATION_BATCH = 32  # the inputs of all layers are in memory at once
 SENSITIVITY_ERROR = 0.05
-SENSITIVITY_IMAGES = 512
+SENSITIVITY_IMAGES = 128
 LEARNING_RATE = 1e-3
 TRUNCATION_IMAGES = 4096
 STOP_IMAGES = 1000
@@ -77,45 +79,31 @@ class Workbench:
         learned = (*own.outputs, *own.reconstructed)
         alike = learned == task.loss.outputs
         self._tutor = self._teacher if alike else Runner(task.batched, learned, threads=task.threads)
-        batches = probe_batches(task.train, task.evaluation_batch, task.seed, images)
-        self.probe: Probe = take_probe(batches, task.layers, task.loss.outputs, _by_name(task), task.seed)
+        self._keep = Spool().keep if is_large(task.layers) else None
+        self._rows_wanted, probed = calibration_rows(task.layers), probe_rows(task.layers)
+        batches = probe_batches(task.train, task.evaluation_batch, task.seed, images, min(probed, PROBE_IMAGES[1]))
+        run = by_name(task.batched, task.loss.outputs, task.layers, task.threads)
+        self.probe: Probe = take_probe(
+            batches, task.layers, task.loss.outputs, run, task.seed, probed, self._keep or in_place
+        )
         probed = sum(len(next(iter(batch.values()))) for batch in self.probe.batches)
         self._places = resting_places(task.batched, task.types, task.layers, task.loss.outputs, RESTING / probed)
-        self._curvature = self._output_curvature()  # before the moments: both are large
-        wanted = min(images_needed(task.layers), len(task.train)) if images is None else images
+        self._tell("measuring the curvature of the outputs", 0.0)
+        self._curvature = output_weightings(task, self._teacher)  # before the moments: both are large
+        wanted = min(images_needed(task.layers, self._rows_wanted), len(task.train)) if images is None else images
         moments, self.calibration_images = self._moments(Network(), wanted, calibration_seconds)
         self._original = {
             layer.name: LayerOptions(
-                layer, moments[layer.name], task.objective, weighting=self._curvature.get(layer.name)
+                layer,
+                moments[layer.name],
+                task.objective,
+                weighting=self._curvature.get(layer.name),
+                keep=self._keep,
             )
             for layer in task.layers
         }
         self._derived: tuple[Candidate, dict[str, LayerOptions]] | None = None
         self._sensitivities: Mapping[str, float] = {}
-
-    def _output_curvature(self) -> Mapping[str, Array]:
-        """`G` of every layer of a classifier; none where the network cannot be differentiated."""
-        task = self.task
-        if task.loss.kind != "classes" or (task.training is not None and task.training.faulty):
-            return {}
-        self._tell("measuring the curvature of the outputs", 0.0)
-        drawn = task.train.batches(task.batch, seed=task.seed, augment=True)
-        inputs = [batch.inputs for batch, _ in zip(drawn, range(CURVATURE_BATCHES), strict=False)]
-        full = [own for own in inputs if len(next(iter(own.values()))) == task.batch]
-        try:
-            return output_curvature(
-                task.batched,
-                task.batch,
-                task.layers,
-                task.loss,
-                full,
-                self._teacher,
-                task.threads,
-                task.seed,
-                task.types,
-            )
-        except NeutrinoError:
-            return {}
 
     # --- costs and options ----------------------------------------------------------------------------------
 
@@ -138,7 +126,7 @@ class Workbench:
         if self._derived is not None and self._derived[0] is source:
             return self._derived[1]
         network: Network = source.network
-        images = min(images_needed(self.task.layers), len(self.task.train), TRUNCATION_IMAGES)
+        images = min(images_needed(self.task.layers, self._rows_wanted), len(self.task.train), TRUNCATION_IMAGES)
         moments, _ = self._moments(network, images, float("inf"))
         whole = {
             layer.name: layer
@@ -151,16 +139,18 @@ class Workbench:
             if factors is None:
                 trained = whole.get(layer.name, layer)
             else:
-                trained = dataclasses.replace(layer, weight=factors.product(), bias=factors.bias)
+                product = (self._keep or in_place)(factors.product())
+                trained = dataclasses.replace(layer, weight=product, bias=factors.bias)
+            weighting = self._curvature.get(layer.name)
             derived[layer.name] = LayerOptions(
-                trained, moments[layer.name], self.task.objective, factors, self._curvature.get(layer.name)
+                trained, moments[layer.name], self.task.objective, factors, weighting, self._keep
             )
         self._derived = (source, derived)
         return derived
 
     def _moments(self, network: Network, images: int, seconds: float) -> tuple[dict[str, Moments], int]:
         task = self.task
-        tensors = sorted({layer.input for layer in task.layers})
+        tensors = sorted({use.input for layer in task.layers for use in layer.uses})
         run = Runner(build(task, network, batched=True), tensors, threads=task.threads)
         size = min(task.evaluation_batch, CALIBRATION_BATCH)
         batches = (batch.inputs for batch in task.train.batches(size, seed=task.seed, augment=True))
@@ -174,6 +164,8 @@ class Workbench:
             time.perf_counter() + seconds,
             lambda done: self._tell(f"calibrating, {done} of {images} inputs", min(done / images, 1.0)),
             task.threads,
+            self._rows_wanted,
+            self._keep or in_place,
         )
 
     def challenged(self, choices: Mapping[str, Option]) -> Mapping[str, Option]:
@@ -222,25 +214,23 @@ class Workbench:
                 fed = zip(self.probe.batches, probe.batches, strict=True)
                 probe = dataclasses.replace(probe, batches=[{**plain, place: step(batch)[0]} for plain, batch in fed])
                 start = place
-            part = between(graph, start, [last_stage(layer, own)[0]], task.types)
+            part = between(graph, start, [last_stage(use, own)[0] for use in layer.uses], task.types)
             run = Runner(part, threads=task.threads)
-            geometry = stage_geometries(own.stages, layer.geometry)[-1]
-            features = features_at(probe, layer, geometry, run)
+            features = features_at(probe, layer, own.stages, run)
             last = own.stages[-1]
             solved = refit(
                 features, self.probe.targets[layer.name], last.weight.reshape(len(last.weight), -1), own.bias
             )
             stage = dataclasses.replace(last, weight=solved.weight.reshape(last.weight.shape))
-            factors[layer.name] = dataclasses.replace(own, stages=(*own.stages[:-1], stage), bias=solved.bias)
+            mended = dataclasses.replace(own, stages=(*own.stages[:-1], stage), bias=solved.bias)
+            factors[layer.name] = mended if self._keep is None else kept_factors(layer, mended, self._keep)
         return dataclasses.replace(network, factors=factors)
 
-    def _divergence(self, network: Network, images: float = math.inf) -> float:
-        """Divergence from the original on the probe, or on about its first `images` inputs."""
+    def _divergence(self, network: Network) -> float:
+        """Divergence from the original on the probe."""
         task = self.task
         run = Runner(build(task, network, batched=True), task.loss.outputs, threads=task.threads)
-        count = int(min(len(self.probe.batches), max(1, images // task.evaluation_batch)))
-        own = [run(batch) for batch in self.probe.batches[:count]]
-        return divergence(task.loss, self.probe.outputs[:count], own)
+        return divergence(task.loss, self.probe.outputs, [run(batch) for batch in self.probe.batches])
 
     def sensitivities(self, source: Candidate | None) -> Mapping[str, float]:
         """Divergence per unit of relative error, each layer factorized alone at an error of about 5 %.
@@ -248,8 +238,11 @@ class Workbench:
         Measured on the original and kept: a trained network stays close enough to it.
         """
         del source
+        if self._keep is not None:  # every layer alone, through all that follows, takes too long
+            return dict.fromkeys(self._original, 1.0)
         if not self._sensitivities:
             found: dict[str, float] = {}
+            rested = self._at_places(max(1, SENSITIVITY_IMAGES // self.task.evaluation_batch))
             for index, (name, own) in enumerate(self._original.items()):
                 self._tell("measuring sensitivity", index / len(self._original))
                 choices = [option for option in own.options if option.choice is not None]
@@ -258,9 +251,24 @@ class Workbench:
                     found[name] = 1.0
                     continue
                 alone = Network({name: own.factors(option.choice)})
-                found[name] = max(self._divergence(alone, SENSITIVITY_IMAGES), 1e-9) / option.loss
+                found[name] = max(self._divergence_behind(alone, name, rested), 1e-9) / option.loss
             self._sensitivities = found
         return self._sensitivities
+
+    def _at_places(self, count: int) -> list[Inputs]:
+        """The first `count` batches of the probe with what the original computes at the resting places."""
+        places = sorted({place for place in self._places.values() if place is not None})
+        if not places:
+            return list(self.probe.batches[:count])
+        run = Runner(self.task.batched, places, threads=self.task.threads)
+        return [{**batch, **dict(zip(places, run(batch), strict=True))} for batch in self.probe.batches[:count]]
+
+    def _divergence_behind(self, network: Network, name: str, rested: Sequence[Inputs]) -> float:
+        """Divergence of a network that differs from the original in layer `name` alone."""
+        task = self.task
+        graph = build(task, network, batched=True)
+        run = Runner(between(graph, self._places[name], task.loss.outputs, task.types), threads=task.threads)
+        return divergence(task.loss, self.probe.outputs[: len(rested)], [run(batch) for batch in rested])
 
     # --- measuring and training -----------------------------------------------------------------------------
 
@@ -279,8 +287,7 @@ class Workbench:
         start = time.perf_counter()
         task, network = self.task, candidate.network
         assert task.training is not None
-        loss = task.training.loss
-        graph = build(task, network, batched=True)
+        loss, graph = task.training.loss, build(task, network, batched=True)
         names = list(trainable_names(task, network, graph))
         labels = task.labels and loss.label_weight > 0
         lessons = Lessons(self._tutor, self._fed(network))
@@ -292,20 +299,24 @@ class Workbench:
         try:
             copy = training_copy(graph, task.batch, task.types)
             check_training_copy(graph, copy, next(source).inputs, task.threads)
-            with (
-                finetune.Trainer(copy, names, loss, task.threads) as trainer,
-                contextlib.closing(finetune.prefetched(source)) as ahead,
-            ):
-                result = finetune.fine_tune(
-                    trainer,
-                    ahead,
-                    seconds=seconds - (time.perf_counter() - start),
-                    learning_rate=LEARNING_RATE,
-                    report=lambda step, steps, loss: self._tell(
-                        f"{name}: step {step} of {steps}, loss {loss:.4f}", step / steps
-                    ),
-                    refresh=refresh if loss.fed else None,
-                )
+            left = seconds - (time.perf_counter() - start)
+            if self._keep is not None:
+                result = self._grouped(network, copy, names, left, name)
+            else:
+                with (
+                    finetune.Trainer(copy, names, loss, task.threads) as trainer,
+                    contextlib.closing(finetune.prefetched(source)) as ahead,
+                ):
+                    result = finetune.fine_tune(
+                        trainer,
+                        ahead,
+                        seconds=left,
+                        learning_rate=LEARNING_RATE,
+                        report=lambda step, steps, loss: self._tell(
+                            f"{name}: step {step} of {steps}, loss {loss:.4f}", step / steps
+                        ),
+                        refresh=refresh if loss.fed else None,
+                    )
         except TrainingError as error:
             self.warnings.append(f"{name}: {error}; the candidate is dropped")
             return None
@@ -332,6 +343,23 @@ class Workbench:
             trained=candidate.trained + spent,
             seconds=candidate.seconds + spent,
         )
+
+    def _grouped(
+        self, network: Network, copy: ModelProto, names: Sequence[str], seconds: float, name: str
+    ) -> finetune.Trained:
+        """Fine-tune a large network, a few blocks at a time."""
+        task = self.task
+        assert task.training is not None
+        plan, keep = task.training, self._keep or in_place
+
+        def student(arrays: Mapping[str, NDArray[Any]]) -> ModelProto:
+            return build(task, self._learned(network, arrays), batched=True)
+
+        groups = grouped(copy, plan.blocks, plan.loss, names, GROUP_BYTES)
+        training = GroupTraining(task.batched, copy, student, plan.loss, groups, names, task.types, task.threads, keep)
+        drawn = examples(task.train, task.batch, task.seed + len(self.fine_tunes), lambda inputs: [], False)
+        batches = [next(drawn).inputs for _ in range(training.batches(task.batch))]
+        return training.train(batches, seconds, LEARNING_RATE, lambda what, share: self._tell(f"{name}: {what}", share))
 
     def _fed(self, network: Network) -> Runner | None:
         """Computes what the blocks of a network are given; None where it is trained as a whole."""
@@ -370,10 +398,3 @@ class Workbench:
         task = self.task
         model = build(task, network, batched=True)
         return evaluate(model, split, task.metric, task.evaluation_batch, task.threads, task.batched)
-
-
-def _by_name(task: Task) -> RunNamed:
-    """Run the original for what the loss reads and what the layers put out, in one go."""
-    names = list(dict.fromkeys([*task.loss.outputs, *(layer.output for layer in task.layers)]))
-    runner = Runner(task.batched, names, threads=task.threads)
-    return lambda inputs: dict(zip(names, runner(inputs), strict=True))

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, helper
 
 from onnxneutrino.errors import ModelError
 from onnxneutrino.factors import Factors, Stage, stage_geometries
 from onnxneutrino.graph import copied, reads, used_names
 from onnxneutrino.plan import Geometry, Layer
+from onnxneutrino.weights import initializer, is_mapped
 
 # Below it every initializer must be listed as a graph input too.
 FREE_INITIALIZERS_IR = 4
@@ -28,7 +29,8 @@ FREE_INITIALIZERS_IR = 4
 def factorize(model: ModelProto, layers: Sequence[Layer], factors: Mapping[str, Factors]) -> ModelProto:
     """Replace every layer named in `factors` by its chain, in a new model.
 
-    The chain stands where the layer's node stood and writes the same tensor. All other nodes, their order,
+    The chain stands where the layer's node stood and writes the same tensor; where several places apply the
+    layer's weight, a chain stands in each, and all read the same initializers. All other nodes, their order,
     names and metadata stay; initializers and nodes that only the replaced nodes needed are removed. Below
     IR 4 the new initializers are graph inputs too.
 
@@ -41,8 +43,12 @@ def factorize(model: ModelProto, layers: Sequence[Layer], factors: Mapping[str, 
         ModelError: the node of a layer is not in the model, or the name of a new tensor or node is taken.
     """
     chosen = [layer for layer in layers if layer.name in factors]
-    owners = {name: layer for layer in chosen for name in layer.nodes}
-    chains = {layer.nodes[0]: _chain(layer, factors[layer.name]) for layer in chosen}
+    owners = {name: use for layer in chosen for use in layer.uses for name in use.nodes}
+    chains = {
+        use.nodes[0]: _chain(use, factors[layer.name], stage_names(layer, factors[layer.name]))
+        for layer in chosen
+        for use in layer.uses
+    }
     weights = {name: value for layer in chosen for name, value in stage_arrays(layer, factors[layer.name]).items()}
     _check_names(model, owners, chains, weights)
     nodes: list[NodeProto] = []
@@ -60,7 +66,7 @@ def factorize(model: ModelProto, layers: Sequence[Layer], factors: Mapping[str, 
     _assign(graph.input, [entry for entry in old.input if entry.name not in unused & constants])
     _assign(graph.value_info, [entry for entry in old.value_info if entry.name not in unused])
     for name, value in weights.items():
-        tensor = numpy_helper.from_array(value, name)
+        tensor = initializer(value, name)
         graph.initializer.append(tensor)
         if result.ir_version < FREE_INITIALIZERS_IR:
             graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
@@ -106,13 +112,15 @@ def read_factors(layer: Layer, factors: Factors, arrays: Mapping[str, NDArray[An
         value = arrays[name]
         if _is_matmul(layer, index == len(names) - 1):
             value = value.T
-        weight = np.array(value, np.float32, order="C").reshape(stage.weight.shape)
+        # What lies in a file stays there, in the order of the graph.
+        own = np.asarray(value, np.float32) if is_mapped(value) else np.array(value, np.float32, order="C")
+        weight = own.reshape(stage.weight.shape)
         stages.append(replace(stage, weight=weight))
     return replace(factors, stages=tuple(stages), bias=np.array(arrays[bias], np.float32), error=float("nan"))
 
 
 def last_stage(layer: Layer, factors: Factors) -> tuple[str, str]:
-    """Names of the tensor that feeds the chain's last stage and of the layer's output."""
+    """Names of the tensor that feeds the chain's last stage and of the layer's output, in one of its places."""
     last = len(factors.stages) - 1
     return (_output(layer, factors, last - 1) if last else layer.input), layer.output
 
@@ -136,9 +144,9 @@ def _as_stored(layer: Layer, stage: Stage, last: bool) -> NDArray[Any]:
     return stage.weight.reshape(stage.weight.shape[:3]) if layer.kind == "conv1d" else stage.weight
 
 
-def _chain(layer: Layer, factors: Factors) -> list[NodeProto]:
-    """The nodes of the chain, in the order in which they run."""
-    *weights, bias = stage_names(layer, factors)
+def _chain(layer: Layer, factors: Factors, names: Sequence[str]) -> list[NodeProto]:
+    """The nodes of the chain, in the order in which they run, on the initializers `names`."""
+    *weights, bias = names
     geometries = stage_geometries(factors.stages, layer.geometry)
     last = len(weights) - 1
     nodes = []

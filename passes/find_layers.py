@@ -1,6 +1,7 @@
 """Mark: every Conv, ConvTranspose, Gemm and MatMul of a graph, as a `Layer` or as `Frozen` with its reason.
 
-An analysis: the model is only read. Each reader returns a `Layer`, or the reason why there is none.
+An analysis: the model is only read. Each reader returns a `Layer`, or the reason why there is none. Layers of one
+weight become one, where the first of them stands.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from onnx import AttributeProto, ModelProto, NodeProto, helper
 
 from onnxneutrino.graph import Tensor, TensorType, arrays, consumers, has_free_sizes, producers
 from onnxneutrino.plan import Array, Frozen, Geometry, Kind, Layer
+from onnxneutrino.sharing import joined
 from onnxneutrino.weights import is_mapped
 
 MIN_WEIGHTS = 256
@@ -103,7 +105,7 @@ def find_layers(
         if _is_linear(node):
             result = _unselected(node, exclude, only) or _READERS[node.op_type](node, view)
             found.append(result if isinstance(result, Layer) else _frozen(node, node.name, view, result))
-    return found
+    return joined(found, lambda root: len(_users(root, view)))
 
 
 def _is_linear(node: NodeProto) -> bool:
@@ -121,10 +123,6 @@ def _unselected(node: NodeProto, exclude: Sequence[str], only: Sequence[str]) ->
 
 def _matches(names: Collection[str], pattern: str) -> bool:
     return pattern in names or any(fnmatchcase(name, pattern) for name in names)
-
-
-def _transposed(node: NodeProto, view: _View) -> str:
-    return "transposed convolution"
 
 
 def _conv(node: NodeProto, view: _View) -> Layer | str:
@@ -308,12 +306,8 @@ def _constants(weight: str, bias: str, view: _View) -> _Constants | str:
     if value.dtype not in (np.float32, np.float16):
         return f"weight is {value.dtype}, not float32 or float16"
     root = view.roots[weight]
-    users = [user for name, own in view.roots.items() if own == root for user in view.readers.get(name, [])]
-    if None in users:
+    if None in _users(root, view):
         return "weight is a graph output"
-    count = sum(user is not None and user.output[0] not in view.roots for user in users)
-    if count > 1:
-        return f"weight shared by {count} nodes"
     added = view.value(bias)
     if bias and added is None:
         return "bias is computed at run time"
@@ -324,6 +318,12 @@ def _constants(weight: str, bias: str, view: _View) -> _Constants | str:
         shape=value.shape,
         half=value.dtype == np.float16,
     )
+
+
+def _users(root: str, view: _View) -> list[NodeProto | None]:
+    """What reads a constant, through Identity nodes too, one entry per use; None for the graph's outputs."""
+    users = (user for name, own in view.roots.items() if own == root for user in view.readers.get(name, []))
+    return [user for user in users if user is None or user.output[0] not in view.roots]
 
 
 def _layer(
@@ -397,4 +397,4 @@ def _attributes(node: NodeProto) -> dict[str, Any]:
     return {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
 
 
-_READERS = {"Conv": _conv, "ConvTranspose": _transposed, "Gemm": _gemm, "MatMul": _matmul}
+_READERS = {"Conv": _conv, "ConvTranspose": lambda *_: "transposed convolution", "Gemm": _gemm, "MatMul": _matmul}

@@ -167,18 +167,34 @@ def powers(d: Draft) -> None:
     d.add(operator, *([d.store(d.pick(2.0, 0.5, 3.0, -1.0), np.float32)] if operator == "Pow" else []))
 
 
+def ceil(d: Draft, own: dict[str, Any]) -> int:
+    """`ceil_mode` where the last window cannot start behind the data: the runtime's output is not defined there."""
+    reach = [(k - 1) * step + 1 for k, step in zip(own["kernel_shape"], own.get("dilations", [1] * 3), strict=False)]
+    after = own.get("pads", [0] * 6)[-len(reach) :]
+    safe = all(size >= stride + end for size, stride, end in zip(reach, own["strides"], after, strict=True))
+    return int(safe and d.flag())
+
+
+def behind_pad(d: Draft) -> bool:
+    """The runtime joins a Pad to the pool behind it, and then refuses pads as large as the kernel."""
+    return bool(d.nodes) and d.nodes[-1].op_type == "Pad"
+
+
 def max_pool(d: Draft) -> None:
-    d.add("MaxPool", ceil_mode=int(d.flag()), **window(d, dilated=True))
+    d.need(not behind_pad(d))
+    own = window(d, dilated=True)
+    d.add("MaxPool", ceil_mode=ceil(d, own), **own)
 
 
 def average_pool(d: Draft) -> None:
+    d.need(not behind_pad(d))
     own = window(d, dilated=d.opset >= 19)
-    d.add("AveragePool", ceil_mode=int(d.flag()), count_include_pad=int(d.flag()), **own)
+    d.add("AveragePool", ceil_mode=ceil(d, own), count_include_pad=int(d.flag()), **own)
 
 
 def lp_pool(d: Draft) -> None:
     own = window(d, dilated=d.opset >= 18)
-    d.add("LpPool", p=d.pick(1, 2, 3), **own, **({"ceil_mode": int(d.flag())} if d.opset >= 18 else {}))
+    d.add("LpPool", p=d.pick(1, 2, 3), **own, **({"ceil_mode": ceil(d, own)} if d.opset >= 18 else {}))
 
 
 def global_pool(d: Draft) -> None:
@@ -284,6 +300,7 @@ def layout(d: Draft) -> None:
         start, step = d.size(0, size - 1), d.pick(1, 2)
         d.add("Slice", d.store([start]), d.store([size]), d.store([axis]), d.store([step]))
     elif kind == "Transpose":
+        d.need(len(d.shape) > 2)  # the runtime's Gemm swallows one that moves nothing, and transposes
         d.add("Transpose", perm=[0, *d.draw(st.permutations(range(1, len(d.shape))))])
     elif kind == "Split":
         d.need(size >= 2)

@@ -279,11 +279,11 @@ def test_frozen_counts_the_bias_that_is_added_behind_a_matmul() -> None:
     assert frozen.params == 16 * 3 + 3
 
 
-def test_shared_weight_is_frozen_and_shared_bias_is_not() -> None:
+def test_shared_weight_is_one_layer_and_shared_bias_is_not() -> None:
     body = "[c] p = Conv<pads = [1, 1, 1, 1]>(x, w, b) [d] y = Conv<pads = [1, 1, 1, 1]>(p, {}, b)"
     weights = {"w": random(8, 8, 3, 3), "v": random(8, 8, 3, 3), "b": random(8)}
     shared = found(build(body.format("w"), IMAGE, **weights))
-    assert [entry.reason for entry in shared if isinstance(entry, Frozen)] == ["weight shared by 2 nodes"] * 2
+    assert [[use.name for use in entry.uses] for entry in shared if isinstance(entry, Layer)] == [["c", "d"]]
     assert all(isinstance(entry, Layer) for entry in found(build(body.format("v"), IMAGE, **weights)))
 
 
@@ -372,7 +372,8 @@ def test_real_models_list_every_linear_node_once(shared: Path) -> None:
         except NeutrinoError:
             continue
         types = tensor_types(model, fixed_shapes(model, SIZES.get(path.stem, {})))
-        listed = Counter(entry.name for entry in find_layers(model, types))
+        entries = find_layers(model, types)
+        listed = Counter(use.name for entry in entries for use in getattr(entry, "uses", (entry,)))
         main = [node.name for node in model.graph.node if node.op_type in LINEAR]
         assert [listed[name] for name in main] == [1] * len(main), path.name
         assert max(listed.values()) == 1, path.name

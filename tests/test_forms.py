@@ -247,7 +247,7 @@ def test_a_skeleton_has_the_shapes_of_the_chain(form: Form, shape: tuple[int, ..
     assert [(s.weight.shape, s.groups) for s in bones] == [(s.weight.shape, s.groups) for s in stages]
 
 
-@pytest.mark.parametrize(("form", "shape"), CASES)
+@pytest.mark.parametrize(("form", "shape"), [*CASES, ("tucker2", (9, 1, 2, 2)), ("tucker2", (1, 9, 2, 2))])
 def test_the_limit_of_a_decomposition_is_the_full_rank(form: Form, shape: tuple[int, ...]) -> None:
     weight, bias, _, moments = layer(shape)
     fitted = decompose(form, weight, bias, moments)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from onnxneutrino import probe as module
 from onnxneutrino.data_values import Batch, IndexedSplit
+from onnxneutrino.factors import Stage
 from onnxneutrino.losses import Loss
 from onnxneutrino.plan import Geometry, Layer
 from onnxneutrino.probe import divergence, features_at, probe_batches, take_probe
@@ -73,7 +74,7 @@ def test_the_layer_applied_to_its_features_gives_its_targets() -> None:
     )
     assert [len(outputs[0]) for outputs in probe.outputs] == [8, 8, 3]
     for layer in layers:
-        features = features_at(probe, layer, layer.geometry, lambda feed: [feed["x"]])
+        features = features_at(probe, layer, (Stage(layer.weight),), lambda feed: [feed["x"]])
         assert features.shape == (19 * layer.positions, 18)
         made = features @ layer.weight.reshape(len(layer.weight), -1).T + layer.bias
         np.testing.assert_allclose(made, probe.targets[layer.name], atol=1e-5)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,16 +24,17 @@ from onnxneutrino.graph import copied, fixed_shapes, tensor_types
 from onnxneutrino.losses import Loss
 from onnxneutrino.moments import MomentSum
 from onnxneutrino.normalize import normalize
+from onnxneutrino.passes import find_layers
 from onnxneutrino.passes.factorize import factorize
-from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Layer
 from onnxneutrino.runtime import Runner
 from onnxneutrino.training_copy import training_copy
 
 ASKED = os.environ.get("ONNXNEUTRINO_EXAMPLES")
 OUTPUT_TOLERANCE = 1e-3
+ITERATED_TOLERANCE = 3e-2  # alternating least squares end where they gain little
 GRADIENT_TOLERANCE = 2e-2
-ATTEMPTS = 4  # a direction may cross a kink; several in a row do not
+ATTEMPTS = 4  # a kink may lie on the way; from several inputs in a row it does not
 LARGEST = 1e3
 NUDGE = 1e-5  # relative; what it changes by more than OUTPUT_TOLERANCE cannot be compared in single precision
 
@@ -76,11 +78,13 @@ def usable(drawn: Drawn) -> np.ndarray:
 
 
 def layers_of(model: ModelProto) -> list[Layer]:
-    listed = find_layers(model, tensor_types(model, fixed_shapes(model, {})))
+    """Its layers, however small."""
+    with mock.patch.multiple(find_layers, MIN_WEIGHTS=1, MIN_RANK=1):
+        listed = find_layers.find_layers(model, tensor_types(model, fixed_shapes(model, {})))
     return [entry for entry in listed if isinstance(entry, Layer)]
 
 
-@examples(150)
+@examples(300)
 @given(drawn=graphs(STEPS), data=st.data())
 def test_normalized_and_factorized_at_full_rank_it_computes_the_same(drawn: Drawn, data: st.DataObject) -> None:
     wanted = usable(drawn)
@@ -98,7 +102,8 @@ def test_normalized_and_factorized_at_full_rank_it_computes_the_same(drawn: Draw
         factors[layer.name] = fitted.factors(full_ranks(form, layer.weight.shape))
         event(f"{layer.kind} as {form}")
     chains = factorize(model, layers, factors)
-    assert difference(wanted, outputs(chains, inputs)) < OUTPUT_TOLERANCE
+    iterated = any(own.form == "cp" for own in factors.values())
+    assert difference(wanted, outputs(chains, inputs)) < (ITERATED_TOLERANCE if iterated else OUTPUT_TOLERANCE)
 
 
 def with_zero(model: ModelProto) -> ModelProto:
@@ -112,7 +117,7 @@ def with_zero(model: ModelProto) -> ModelProto:
     return copy
 
 
-@examples(100)
+@examples(200)
 @given(drawn=graphs(STEPS))
 def test_its_training_copy_has_its_outputs_and_gradients(drawn: Drawn) -> None:
     wanted = usable(drawn)
@@ -127,14 +132,16 @@ def test_its_training_copy_has_its_outputs_and_gradients(drawn: Drawn) -> None:
         event(f"refused: {operator}")
     if faults:
         return
-    noise = np.random.default_rng(drawn.seed + 2).standard_normal(wanted.shape).astype(np.float32)
-    target = wanted + noise * np.float32(np.abs(wanted).max())
-    loss, example = Loss("values", (drawn.output,)), Example(inputs, [target], None)
     groups: list[list[str]] = [["zero"], *([weights] if weights else [])]
     for attempt in range(ATTEMPTS):
-        found = derivatives(model, copy, groups, loss, example, seed=attempt)
-        wrong = [own for own in found if not own.error < GRADIENT_TOLERANCE]
+        random = np.random.default_rng([drawn.seed, attempt])
+        own = {"x": inputs["x"] + np.float32(attempt / 10) * random.standard_normal(drawn.shape).astype(np.float32)}
+        values = outputs(model, own)
+        target = values + np.abs(values).max() * random.standard_normal(values.shape).astype(np.float32)
+        example = Example(own, [target], None)
+        found = derivatives(model, copy, groups, Loss("values", (drawn.output,)), example, seed=attempt)
+        wrong = [entry for entry in found if not entry.error < GRADIENT_TOLERANCE]
         if not wrong:
             return
-        groups = [list(own.names) for own in wrong]
+        groups = [list(entry.names) for entry in wrong]
     pytest.fail(str(wrong))

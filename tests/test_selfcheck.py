@@ -63,6 +63,8 @@ def checked(model: ModelProto) -> Verdict:
 
 
 def planned(model: ModelProto, reconstruct: bool = False) -> TrainingPlan:
+    set_shape(model.graph.input[0], ["N", 4, 8, 8])
+    set_shape(model.graph.output[0], ["N", 16])
     types = tensor_types(model, {"x": (1, 4, 8, 8)})
     layers = [layer for layer in find_layers(model, types) if isinstance(layer, Layer)]
     return plan_training(model, types, layers, [], VALUES, inputs(), batch=BATCH, reconstruct=reconstruct, threads=1)
@@ -105,7 +107,7 @@ def test_a_crash_is_a_verdict() -> None:
 def wrong(kind: str) -> Callable[..., Verdict]:
     """A self-check that objects as long as a gradient passes an operator of this kind."""
 
-    def check(model: ModelProto, groups: Any, loss: Loss, example: Example) -> Verdict:
+    def check(model: ModelProto, groups: Any, loss: Loss, example: Example, threads: int) -> Verdict:
         passed = finetune.differentiated(model, ["w0", "w1", "w2"], [*loss.outputs, *loss.reconstructed])
         bad = any(node.op_type == kind for node in passed if not set(node.output) & set(loss.fed))
         return Verdict("objection" if bad else None, 1, 0.0)

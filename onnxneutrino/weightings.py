@@ -1,0 +1,32 @@
+"""How the outputs of a task's layers are weighted in their fits, where that can be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from onnxneutrino.calibrate import Run
+from onnxneutrino.curvature import output_curvature
+from onnxneutrino.errors import NeutrinoError
+from onnxneutrino.large import is_large
+from onnxneutrino.plan import Array
+from onnxneutrino.task import Task
+
+CURVATURE_BATCHES = 32
+
+
+def output_weightings(task: Task, teacher: Run) -> Mapping[str, Array]:
+    """`G` of every layer of a classifier, `(O, O)`; none where the network cannot be differentiated.
+
+    None either for a large model: its gradients need artifacts of the whole network.
+    """
+    if task.loss.kind != "classes" or (task.training is not None and task.training.faulty) or is_large(task.layers):
+        return {}
+    drawn = task.train.batches(task.batch, seed=task.seed, augment=True)
+    inputs = [batch.inputs for batch, _ in zip(drawn, range(CURVATURE_BATCHES), strict=False)]
+    full = [own for own in inputs if len(next(iter(own.values()))) == task.batch]
+    try:
+        return output_curvature(
+            task.batched, task.batch, task.layers, task.loss, full, teacher, task.threads, task.seed, task.types
+        )
+    except NeutrinoError:
+        return {}
