@@ -1,7 +1,8 @@
 """Compress a model of gigabytes in a process of its own and report the peak of its memory.
 
-The model is a Conv front and a chain of MatMul and Relu with weights `(width, width)` whose singular values decay
-exponentially, written tensor by tensor as external data. Weights are products of two Householder reflections
+The model is a Conv front and a chain of Concat, MatMul and Relu with weights `(tiles · width, width)`, written tensor
+by tensor as external data; each layer reads the features before it `tiles` times. Weights are stacks of square ones
+whose singular values decay exponentially. These are products of two Householder reflections
 around the singular values, so that they are orthogonally mixed without a decomposition.
 
     python benchmarks/large_model.py --megabytes 300 -- --trainer none --time-limit 2m
@@ -45,10 +46,10 @@ def weight(width: int, generator: np.random.Generator) -> NDArray[np.float32]:
     return product[generator.permutation(width)][:, generator.permutation(width)]
 
 
-def write_model(path: Path, megabytes: int, width: int) -> None:
+def write_model(path: Path, megabytes: int, width: int, tiles: int = 1) -> None:
     """Write the model and its `weights.data`; no more than a few weights are in memory at once."""
     generator = np.random.default_rng(SEED)
-    layers = max(1, round(megabytes * 2**20 / (4 * width * width)))
+    layers = max(1, round(megabytes * 2**20 / (4 * tiles * width * width)))
     channels = width // SIDE**2
     kernel = generator.standard_normal((channels, 3, 3, 3)).astype(np.float32) / np.float32(27**0.5)
     initializers = [
@@ -63,14 +64,19 @@ def write_model(path: Path, megabytes: int, width: int) -> None:
     with path.with_name("weights.data").open("wb") as file:
         for index in range(layers):
             name = f"fc{index}.weight"
-            tensor = TensorProto(name=name, dims=[width, width], data_type=TensorProto.FLOAT)
+            tensor = TensorProto(name=name, dims=[tiles * width, width], data_type=TensorProto.FLOAT)
             tensor.data_location = TensorProto.EXTERNAL
-            values = {"location": "weights.data", "offset": str(file.tell()), "length": str(4 * width * width)}
+            values = {"location": "weights.data", "offset": str(file.tell()), "length": str(4 * tiles * width * width)}
             for key, value in values.items():
                 tensor.external_data.add(key=key, value=value)
-            file.write(np.ascontiguousarray(weight(width, generator)).data)
+            for _ in range(tiles):
+                file.write(np.ascontiguousarray(weight(width, generator) / np.float32(tiles**0.5)).data)
             initializers.append(tensor)
-            nodes.append(helper.make_node("MatMul", [f"h{index}", name], [f"y{index}"], f"fc{index}"))
+            read = f"h{index}"
+            if tiles > 1:
+                read = f"t{index}"
+                nodes.append(helper.make_node("Concat", [f"h{index}"] * tiles, [read], f"tile{index}", axis=1))
+            nodes.append(helper.make_node("MatMul", [read, name], [f"y{index}"], f"fc{index}"))
             if index < layers - 1:
                 nodes.append(helper.make_node("Relu", [f"y{index}"], [f"h{index + 1}"], f"relu{index}"))
     graph = helper.make_graph(
@@ -136,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=3000)
     parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--tiles", type=int, default=1)
     parser.add_argument("--command", choices=("compress", "analyze", "profile", "evaluate"), default="compress")
     parser.add_argument("--folder", type=Path, help="keep the model here, and use the one that is there")
     parser.add_argument("--trace", type=float, default=0.0, help="print memory every so many seconds")
@@ -146,7 +153,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         model = folder / "large.onnx"
         if not model.exists():
-            write_model(model, given.megabytes, given.width)
+            write_model(model, given.megabytes, given.width, given.tiles)
         size = model.stat().st_size + model.with_name("weights.data").stat().st_size
         files = [str(model)] + ([str(folder / "out.onnx")] if given.command == "compress" else [])
         options = list(given.options)

@@ -33,8 +33,9 @@ import onnx
 from onnx import ModelProto
 
 from onnxneutrino import finetune
+from onnxneutrino.differentiable import untrainable
 from onnxneutrino.errors import NeutrinoError
-from onnxneutrino.finetune import Example, untrainable
+from onnxneutrino.finetune import Example
 from onnxneutrino.gradcheck import Derivative, derivatives
 from onnxneutrino.losses import Loss
 from onnxneutrino.runtime import Runner

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from onnx import ModelProto
 
-from onnxneutrino.finetune import carries_gradient, has_gradient
+from onnxneutrino.differentiable import carries_gradient, has_gradient
 from onnxneutrino.walk import consumers, reads
 
 

@@ -27,7 +27,14 @@ RANDOM_EXAMPLES = 256
 _STOP, _HALVES, _RANDOM = 1, 2, 3  # one stream of random numbers for each use of the seed
 
 
-def open_data(config: DataConfig, inputs: Sequence[InputSpec], *, seed: int, classes: int | None) -> Dataset:
+def open_data(
+    config: DataConfig,
+    inputs: Sequence[InputSpec],
+    *,
+    seed: int,
+    classes: int | None,
+    examples: int = RANDOM_EXAMPLES,
+) -> Dataset:
     """Open the data that `config` describes for a model with these inputs.
 
     Args:
@@ -36,11 +43,12 @@ def open_data(config: DataConfig, inputs: Sequence[InputSpec], *, seed: int, cla
         seed: draws the share for early stopping, and random data.
         classes: size of the model's last output axis for classifiers, so that labels out of range are
             refused; None for no check.
+        examples: of each split, where they are drawn at random.
 
     Raises:
         DataError: no data, or data that does not fit the model; one line with file and array.
     """
-    splits, warnings = _splits(config, inputs, seed, classes)
+    splits, warnings = _splits(config, inputs, seed, classes, examples)
     train, test, validation = splits["train"], splits["test"], splits.get("val")
     assert train is not None
     assert test is not None
@@ -83,14 +91,14 @@ def deciding(dataset: Dataset, seed: int, name: str = "the data") -> Deciding:
 
 
 def _splits(
-    config: DataConfig, inputs: Sequence[InputSpec], seed: int, classes: int | None
+    config: DataConfig, inputs: Sequence[InputSpec], seed: int, classes: int | None, examples: int
 ) -> tuple[Mapping[str, Split | None], tuple[str, ...]]:
     if not config.path:
         raise DataError("no data is given; describe it in the TOML file beside the model (in.toml) or with --data")
     if not inputs:
         raise DataError("the model has no inputs to feed; every value it needs is in the file")
     if config.path == "random":
-        return _random(inputs, seed)
+        return _random(inputs, seed, examples)
     if is_function(config.path):
         function = load_function(config.path, config.base, DataError)
         loaded, warnings = open_loader(function, inputs, classes)
@@ -135,7 +143,9 @@ class _RandomReader:
         return drawn
 
 
-def _random(inputs: Sequence[InputSpec], seed: int) -> tuple[Mapping[str, IndexedSplit], tuple[str, ...]]:
+def _random(
+    inputs: Sequence[InputSpec], seed: int, examples: int
+) -> tuple[Mapping[str, IndexedSplit], tuple[str, ...]]:
     shapes = []
     for spec in inputs:
         shape = tuple(size for size in spec.example if size is not None)
@@ -144,7 +154,7 @@ def _random(inputs: Sequence[InputSpec], seed: int) -> tuple[Mapping[str, Indexe
         if spec.dtype.kind not in "fiub":
             raise DataError(f"input '{spec.name}' of type {spec.dtype} cannot be drawn; use a loader, file.py:function")
         shapes.append(shape)
-    rows = np.arange(RANDOM_EXAMPLES)
+    rows = np.arange(examples)
     splits = {
         name: IndexedSplit(_RandomReader(tuple(inputs), tuple(shapes), (seed, _RANDOM, key)), None, rows)
         for key, name in enumerate(("train", "test"))

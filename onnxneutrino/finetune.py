@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, helper
+from onnx import ModelProto
 
+from onnxneutrino.differentiable import untrainable
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.graph import RUNTIME_IR, element_dtype
 from onnxneutrino.losses import Loss, loss_inputs, with_loss
 from onnxneutrino.runtime import session_options
-from onnxneutrino.walk import reads
 
 Arrays = dict[str, NDArray[Any]]
 MINIMUM_OPSET = 13
@@ -39,23 +39,6 @@ WARMUP_SHARE = 0.05
 MAX_GRADIENT_NORM = 1.0
 TIMED_STEPS = 4
 REFRESHES = 10
-
-# Gradients measured right on the CPU (fixtures/operators, ONNX Runtime 1.19.2).
-# fmt: off
-TRAINABLE_OPERATORS = frozenset((
-    "Conv", "Gemm", "MatMul", "Relu", "LeakyRelu", "Sigmoid", "Tanh", "Gelu", "Clip", "Max", "Min", "MaxPool",
-    "AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum", "Softmax", "LogSoftmax", "Concat",
-    "Slice", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Tile", "Gather",
-    "Where", "TopK", "Add", "Sub", "Mul", "Div", "Pow", "Exp", "Log", "Sqrt", "Abs", "Neg", "Erf", "Sin", "Cos",
-    "Identity", "Cast", "Dropout", "Constant", "GatherElements", "GatherND", "ScatterElements", "ScatterND", "Trilu",
-))
-# Their output is a mask, an index, a shape or made of these: no gradient is asked through them.
-WITHOUT_DERIVATIVE = frozenset((
-    "Shape", "Size", "ConstantOfShape", "Range", "Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Not",
-    "And", "Or", "Xor", "IsNaN", "IsInf", "ArgMax", "ArgMin", "NonZero",
-    "EyeLike", "OneHot",
-))
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -93,29 +76,6 @@ class Trained:
     seconds: float
 
 
-def differentiated(model: ModelProto, trainable: Sequence[str], outputs: Sequence[str]) -> list[onnx.NodeProto]:
-    """Nodes through which a gradient passes on its way from `outputs` to a trainable initializer."""
-    reached = set(trainable)
-    after: list[onnx.NodeProto] = []
-    for node in model.graph.node:
-        if carries_gradient(node) and not reached.isdisjoint(reads(node)):
-            reached |= set(node.output)
-            after.append(node)
-    needed = set(outputs)
-    found = []
-    for node in reversed(after):
-        if needed & set(node.output):
-            needed |= set(reads(node))
-            found.append(node)
-    return found[::-1]
-
-
-def untrainable(model: ModelProto, trainable: Sequence[str], outputs: Sequence[str]) -> list[tuple[str, str]]:
-    """Nodes `(name, operator)` on the way from a trainable initializer to the loss that have no right gradient."""
-    passed = differentiated(model, trainable, outputs)
-    return [(node.name, node.op_type) for node in passed if not has_gradient(node)]
-
-
 def check_gradients(model: ModelProto, trainable: Sequence[str], outputs: Sequence[str]) -> None:
     """Refuse a training copy with an operator that has no right gradient on the way to the loss.
 
@@ -129,41 +89,6 @@ def check_gradients(model: ModelProto, trainable: Sequence[str], outputs: Sequen
             f"node '{faults[0][0]}': ONNX Runtime training has no right gradient for {kinds}; "
             "use --trainer none (factors and refit, no fine-tuning), or export without it"
         )
-
-
-def carries_gradient(node: onnx.NodeProto) -> bool:
-    """Whether a node's output depends on its float inputs' values other than as a mask, an index or a shape."""
-    return node.domain not in ("", "ai.onnx") or node.op_type not in WITHOUT_DERIVATIVE
-
-
-def has_gradient(node: onnx.NodeProto) -> bool:
-    """Whether the training runtime's gradient of this node is known to be right."""
-    if node.domain not in ("", "ai.onnx") or node.op_type not in TRAINABLE_OPERATORS | WITHOUT_DERIVATIVE:
-        return False
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    if node.op_type == "Pad":
-        return bool(attributes.get("mode", b"constant") == b"constant")
-    if node.op_type in ("ScatterElements", "ScatterND"):
-        return bool(attributes.get("reduction", b"none") == b"none")
-    if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-        return False
-    if node.op_type == "Conv":
-        return attributes.get("group", 1) == 1 or len(attributes.get("kernel_shape", (1, 1))) == 2
-    if attributes.get("ceil_mode", 0) and node.op_type in ("AveragePool", "MaxPool") and not _covers(attributes):
-        return False
-    if node.op_type == "AveragePool":
-        return len(attributes.get("kernel_shape", ())) < 3 and set(attributes.get("dilations", (1,))) == {1}
-    if node.op_type == "MaxPool":
-        return not attributes.get("storage_order", 0)
-    return True
-
-
-def _covers(pool: Mapping[str, Any]) -> bool:
-    """Whether no window of a pool with `ceil_mode` can start behind the data: what it gives is not defined."""
-    kernel = pool["kernel_shape"]
-    ones, after = [1] * len(kernel), pool.get("pads", [0, 0] * len(kernel))[len(kernel) :]
-    axes = zip(kernel, pool.get("strides", ones), pool.get("dilations", ones), after, strict=True)
-    return all((size - 1) * dilation + 1 >= stride + end for size, stride, dilation, end in axes)
 
 
 class Trainer:

@@ -11,6 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from onnxneutrino import weights
 from onnxneutrino.allocate import Option
 from onnxneutrino.candidates import Point, candidates, cp_challenger, options, point, spread, whole_point
 from onnxneutrino.factor_channel import OutputProjection
@@ -110,6 +111,7 @@ class LayerOptions:
                 fit.spill(self._highest, self._keep)
                 self._spilled[form] = fit
         self._fits = None
+        weights.let_go()
 
     def _smaller(self, current: Factors) -> list[Point]:
         """The trained chain as it is, and truncations of its product."""
@@ -153,11 +155,13 @@ class LayerOptions:
 def kept_factors(layer: Layer, own: Factors, keep: Keep) -> Factors:
     """The same factors with their arrays where `keep` puts them, stored as the graph holds them.
 
-    Float16 layers are left as they are: their graph holds other numbers than their factors.
+    The pages of all that lies in files are given back. Float16 layers are left as they are: their graph holds other
+    numbers than their factors.
     """
     if layer.half:
         return own
     arrays = {name: keep(array) for name, array in stage_arrays(layer, own).items()}
+    weights.let_go()
     kept: Factors = read_factors(layer, own, arrays)
     return replace(kept, error=own.error)
 

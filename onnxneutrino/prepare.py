@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxneutrino import metrics
+from onnxneutrino import cost, metrics
 from onnxneutrino.config import Config
-from onnxneutrino.data import Dataset, IndexedSplit, Inputs, InputSpec, Split, open_data
+from onnxneutrino.data import RANDOM_EXAMPLES, Dataset, IndexedSplit, Inputs, InputSpec, Split, open_data
 from onnxneutrino.errors import DataError, ModelError
 from onnxneutrino.graph import (
     TensorType,
@@ -36,6 +36,7 @@ CLASSIFIERS = ("top1", "top5", "f1", "agreement")
 DEFAULT_METRIC, UNLABELLED_METRIC = "top1", "agreement"
 BATCH_BYTES = 64 << 20
 EVALUATION_BATCH = 128
+RANDOM_MACS, FEWEST_RANDOM = 2 * 10**11, 16
 TRAINING_BATCH = 64
 TRAINING_BYTES = 1 << 30
 FREED_TOLERANCE = 1e-3
@@ -253,9 +254,17 @@ def open_dataset(opened: Opened, metric: metrics.Metric, config: Config) -> Data
     Raises:
         DataError: see `open_data`; or the test split has no targets for this metric.
     """
-    dataset = open_data(config.data, input_specs(opened), seed=config.seed, classes=class_count(opened, metric))
+    dataset = _open(opened, metric, config)
     check_targets(dataset, metric, config)
     return dataset
+
+
+def _open(opened: Opened, metric: metrics.Metric, config: Config) -> Dataset:
+    """The data; of random inputs no more than 2e11 multiply-accumulates run through, but 16 at least."""
+    one = max(cost.macs(opened.model, opened.types), 1)
+    examples = min(max(RANDOM_MACS // one, FEWEST_RANDOM), RANDOM_EXAMPLES)
+    specs, classes = input_specs(opened), class_count(opened, metric)
+    return open_data(config.data, specs, seed=config.seed, classes=classes, examples=examples)
 
 
 def check_targets(dataset: Dataset, metric: metrics.Metric, config: Config) -> None:
@@ -280,7 +289,7 @@ def settled(opened: Opened, config: Config) -> tuple[Config, metrics.Metric, Dat
         metric = metrics.resolve(config.metric, config.metric_base)
         return config, metric, open_dataset(opened, metric, config)
     metric = metrics.resolve(DEFAULT_METRIC, config.metric_base)
-    dataset = open_data(config.data, input_specs(opened), seed=config.seed, classes=class_count(opened, metric))
+    dataset = _open(opened, metric, config)
     if not (dataset.train.labelled or dataset.test.labelled):
         metric = metrics.resolve(UNLABELLED_METRIC, config.metric_base)
     check_targets(dataset, metric, config)

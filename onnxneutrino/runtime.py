@@ -106,7 +106,8 @@ def _faulty_optimizers(model: ModelProto | Path) -> list[str]:
 
     ConvActivationFusion asks which explicit input of its reader a Conv feeds, and goes past their end where the
     reader is an If or Loop whose body reads the Conv's output. SkipLayerNormFusion joins an Add and a
-    LayerNormalization over several axes to a node that takes one axis only.
+    LayerNormalization over several axes to a node that takes one axis only. GemmTransposeFusion transposes whatever
+    the Transpose behind a Gemm says, and Pad_Fusion gives a pool pads as large as its window, which it refuses.
     """
     if isinstance(model, Path):
         try:
@@ -120,6 +121,13 @@ def _faulty_optimizers(model: ModelProto | Path) -> list[str]:
             faulty.add("ConvActivationFusion")
         if any(node.op_type == "LayerNormalization" and _axis(node) != -1 for node in graph.node):
             faulty.add("SkipLayerNormFusion")
+        made = {name: node.op_type for node in graph.node for name in node.output}
+        for node in graph.node:
+            before = {made.get(name) for name in node.input}
+            if node.op_type == "Transpose" and "Gemm" in before:
+                faulty.add("GemmTransposeFusion")
+            if node.op_type in ("AveragePool", "MaxPool") and "Pad" in before:
+                faulty.add("Pad_Fusion")
     return sorted(faulty)
 
 

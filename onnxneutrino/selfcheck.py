@@ -110,7 +110,8 @@ def _run(folder: Path) -> None:
     with np.load(folder / "arrays.npz") as stored:
         inputs = {key.removeprefix("input/"): stored[key] for key in stored.files if key.startswith("input/")}
         teacher = [stored[f"teacher/{index}"] for index in range(len(loss.tensors))]
-    verdict = check(onnx.load(folder / "model.onnx"), request["groups"], loss, Example(inputs, teacher, None), request["threads"])
+    model, example = onnx.load(folder / "model.onnx"), Example(inputs, teacher, None)
+    verdict = check(model, request["groups"], loss, example, request["threads"])
     (folder / "result.json").write_text(json.dumps(dataclasses.asdict(verdict)), encoding="utf-8")
 
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from onnxneutrino.blocks import Block, blocks, cut_at_faults, cut_between_layers
+from onnxneutrino.differentiable import differentiated
 from onnxneutrino.errors import ModelError, TrainingError
-from onnxneutrino.finetune import Example, differentiated
+from onnxneutrino.finetune import Example
 from onnxneutrino.graph import TensorType
 from onnxneutrino.graph import arrays as graph_arrays
 from onnxneutrino.groups import as_inputs, cut_out, grouped, loss_of

@@ -222,8 +222,8 @@ class Workbench:
                 features, self.probe.targets[layer.name], last.weight.reshape(len(last.weight), -1), own.bias
             )
             stage = dataclasses.replace(last, weight=solved.weight.reshape(last.weight.shape))
-            mended = dataclasses.replace(own, stages=(*own.stages[:-1], stage), bias=solved.bias)
-            factors[layer.name] = mended if self._keep is None else kept_factors(layer, mended, self._keep)
+            own = dataclasses.replace(own, stages=(*own.stages[:-1], stage), bias=solved.bias)
+            factors[layer.name] = own if self._keep is None else kept_factors(layer, own, self._keep)
         return dataclasses.replace(network, factors=factors)
 
     def _divergence(self, network: Network) -> float:

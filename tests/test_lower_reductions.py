@@ -7,7 +7,7 @@ import pytest
 from onnx import ModelProto
 from onnx.parser import parse_model
 
-from onnxneutrino.finetune import untrainable
+from onnxneutrino.differentiable import untrainable
 from onnxneutrino.passes import (
     lower_einsum,
     lower_group_conv,

@@ -11,7 +11,8 @@ import pytest
 from onnx import ModelProto, helper, numpy_helper
 from onnx.parser import parse_model
 
-from onnxneutrino.finetune import Example, untrainable
+from onnxneutrino.differentiable import untrainable
+from onnxneutrino.finetune import Example
 from onnxneutrino.gradcheck import derivatives
 from onnxneutrino.losses import Loss
 from onnxneutrino.runtime import Runner

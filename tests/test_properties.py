@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from onnx import ModelProto, helper, numpy_helper
 from steps_drawn import STEPS
 
+from onnxneutrino.differentiable import untrainable
 from onnxneutrino.errors import ModelError
-from onnxneutrino.finetune import Example, untrainable
+from onnxneutrino.finetune import Example
 from onnxneutrino.forms import applicable, decompose, full_ranks
 from onnxneutrino.gradcheck import derivatives
 from onnxneutrino.graph import copied, fixed_shapes, tensor_types

@@ -185,3 +185,22 @@ def test_no_second_runtime_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert runtime_conflict() is None
+
+
+def test_what_the_optimizer_would_make_wrong_is_left_as_it_is() -> None:
+    gemm = parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]> net (float[3,4] x, float[4,5] w) => (float[3,5] y)
+        { a = Gemm (x, w)  y = Transpose <perm = [0,1]> (a) }"""
+    )
+    feed = {
+        name: np.random.default_rng(0).standard_normal(s).astype(np.float32)
+        for name, s in (("x", (3, 4)), ("w", (4, 5)))
+    }
+    np.testing.assert_allclose(Runner(gemm)(feed)[0], feed["x"] @ feed["w"], rtol=1e-5, atol=1e-6)
+    pool = parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]> net (float[1,1,4,4] x) => (float[1,1,7,7] y)
+        <int64[8] p = {0,0,2,2,0,0,2,2}>
+        { a = Pad (x, p)  y = AveragePool <kernel_shape = [2,2], count_include_pad = 1> (a) }"""
+    )
+    (y,) = Runner(pool)({"x": np.ones((1, 1, 4, 4), np.float32)})
+    assert (y[0, 0, 0, 0], y[0, 0, 1, 1], y[0, 0, 1, 2], y[0, 0, 3, 3]) == (0, 0.25, 0.5, 1)

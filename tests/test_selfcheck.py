@@ -13,6 +13,7 @@ from onnx import ModelProto, helper, numpy_helper
 from onnx.parser import parse_model
 
 from onnxneutrino import finetune, passes, training_copy, training_plan
+from onnxneutrino.differentiable import differentiated
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.finetune import Example
 from onnxneutrino.graph import set_shape, tensor_types
@@ -108,7 +109,7 @@ def wrong(kind: str) -> Callable[..., Verdict]:
     """A self-check that objects as long as a gradient passes an operator of this kind."""
 
     def check(model: ModelProto, groups: Any, loss: Loss, example: Example, threads: int) -> Verdict:
-        passed = finetune.differentiated(model, ["w0", "w1", "w2"], [*loss.outputs, *loss.reconstructed])
+        passed = differentiated(model, ["w0", "w1", "w2"], [*loss.outputs, *loss.reconstructed])
         bad = any(node.op_type == kind for node in passed if not set(node.output) & set(loss.fed))
         return Verdict("objection" if bad else None, 1, 0.0)
 

@@ -23,6 +23,7 @@ LONGEST = 400
 TIERS = (
     ("errors", "heap"),
     ("plan", "config", "walk"),
+    ("differentiable",),
     ("weights", "sharing"),
     ("factors", "shapes", "report"),
     ("opset_down",),

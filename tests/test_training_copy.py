@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 from onnx.parser import parse_model
 
+from onnxneutrino.differentiable import untrainable
 from onnxneutrino.errors import TrainingError
-from onnxneutrino.finetune import Example, Trainer, consumed, untrainable
+from onnxneutrino.finetune import Example, Trainer, consumed
 from onnxneutrino.graph import arrays, opset, with_arrays
 from onnxneutrino.losses import Loss
 from onnxneutrino.runtime import Runner
