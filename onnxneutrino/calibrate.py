@@ -32,8 +32,9 @@ def in_place(array: NDArray[Any]) -> NDArray[Any]:
     return array
 
 
-def images_needed(layers: Sequence[Layer], rows: float = ROWS_PER_DIMENSION) -> int:
-    """Examples to calibrate on, so that every layer gets `rows` rows per dimension where its map allows."""
+def images_needed(layers: Sequence[Layer], rows: float | None = None) -> int:
+    """Examples to calibrate on, so that every layer gets `rows` (five) per dimension where its map allows."""
+    rows = ROWS_PER_DIMENSION if rows is None else rows
     sizes = ((layer.patch, sum(use.positions for use in layer.uses)) for layer in layers)
     wanted = max((rows * patch / positions for patch, positions in sizes), default=0)
     return int(min(max(math.ceil(wanted), IMAGES[0]), IMAGES[1]))
@@ -96,7 +97,7 @@ def calibrate(
     deadline: float = math.inf,
     progress: Callable[[int], None] = lambda done: None,
     threads: int = 1,
-    rows: float = ROWS_PER_DIMENSION,
+    rows: float | None = None,
     keep: Keep = in_place,
 ) -> tuple[dict[str, Moments], int]:
     """Moments of every layer's input patches, and the number of examples they come from.
@@ -113,9 +114,10 @@ def calibrate(
         deadline: on the clock of `time.perf_counter`.
         progress: called with the examples done.
         threads: layers to work on at the same time.
-        rows: patches of a layer, by their dimension.
+        rows: patches of a layer, by their dimension; None for five.
         keep: puts an array where it may stay.
     """
+    rows = ROWS_PER_DIMENSION if rows is None else rows
     sums = {layer.name: MomentSum(layer.patch) for layer in layers}
     done = 0
 

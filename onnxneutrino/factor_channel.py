@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onnxneutrino.factor_fit import Double, Problem, check_ranks, pointwise, stage, top_eigenvectors
 from onnxneutrino.factors import Factors
@@ -54,7 +53,7 @@ class OutputProjection:
         """The chain at `ranks`: `EᵀG^½W` and `G^-½E`."""
         check_ranks(self.form, ranks, self.limit)
         (rank,) = ranks
-        kept: NDArray[Any]
+        kept: Any
         if self._kept is not None and rank <= self._kept[1].shape[1]:
             errors, kept = self._kept[0], self._kept[1][:, :rank]
         else:

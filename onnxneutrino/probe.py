@@ -75,7 +75,7 @@ def take_probe(
     outputs: Sequence[str],
     run: RunNamed,
     seed: int,
-    most: int = REFIT_ROWS,
+    most: int | None = None,
     keep: Keep = in_place,
 ) -> Probe:
     """Run the original on the probe.
@@ -86,11 +86,11 @@ def take_probe(
         outputs: the tensors that the loss reads.
         run: gives these tensors and the layers' outputs by name.
         seed: of the sampled positions.
-        most: rows of a layer, about, where it has several positions.
+        most: rows of a layer, about, where it has several positions; None for 8192.
         keep: puts an array where it may stay.
     """
     sizes = [len(next(iter(batch.values()))) for batch in batches]
-    per_example = max(1, most // max(sum(sizes), 1))
+    per_example = max(1, (REFIT_ROWS if most is None else most) // max(sum(sizes), 1))
     positions = {
         use.name: [sample_positions(use, size, per_example, seed + index) for index, size in enumerate(sizes)]
         for layer in layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from onnxneutrino import cost
 from onnxneutrino.calibrate import Run
 from onnxneutrino.curvature import output_curvature
 from onnxneutrino.errors import NeutrinoError
@@ -11,18 +12,20 @@ from onnxneutrino.large import is_large
 from onnxneutrino.plan import Array
 from onnxneutrino.task import Task
 
-CURVATURE_BATCHES = 32
+BATCHES, MACS = 32, 10**11
 
 
 def output_weightings(task: Task, teacher: Run) -> Mapping[str, Array]:
     """`G` of every layer of a classifier, `(O, O)`; none where the network cannot be differentiated.
 
-    None either for a large model: its gradients need artifacts of the whole network.
+    None either for a large model: its gradients need artifacts of the whole network. 32 batches, fewer where these
+    would take more than 1e11 multiply-accumulates forward.
     """
     if task.loss.kind != "classes" or (task.training is not None and task.training.faulty) or is_large(task.layers):
         return {}
     drawn = task.train.batches(task.batch, seed=task.seed, augment=True)
-    inputs = [batch.inputs for batch, _ in zip(drawn, range(CURVATURE_BATCHES), strict=False)]
+    affordable = MACS // (max(cost.macs(task.model, task.types), 1) * task.batch)
+    inputs = [batch.inputs for batch, _ in zip(drawn, range(min(max(affordable, 1), BATCHES)), strict=False)]
     full = [own for own in inputs if len(next(iter(own.values()))) == task.batch]
     try:
         return output_curvature(

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxneutrino import finetune, metrics
+from onnxneutrino import cost, finetune, metrics
 from onnxneutrino.allocate import Option
 from onnxneutrino.calibrate import calibrate, images_needed, in_place
-from onnxneutrino.data import Inputs, Split
+from onnxneutrino.data import Split
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.factors import Moments
 from onnxneutrino.groups import GroupTraining, grouped
@@ -36,6 +36,7 @@ from onnxneutrino.refit import refit
 from onnxneutrino.runtime import Runner
 from onnxneutrino.search import Candidate
 from onnxneutrino.segments import between, resting_places
+from onnxneutrino.sensitivity import measured_sensitivities
 from onnxneutrino.spool import Spool
 from onnxneutrino.task import FineTune, Network, Task, build, trainable_names
 from onnxneutrino.teaching import Lessons, examples
@@ -43,8 +44,7 @@ from onnxneutrino.training_copy import check_training_copy, training_copy
 from onnxneutrino.weightings import output_weightings
 
 CALIBRATION_BATCH = 32  # the inputs of all layers are in memory at once
-SENSITIVITY_ERROR = 0.05
-SENSITIVITY_IMAGES = 128
+PROBE_MACS = 10**11
 LEARNING_RATE = 1e-3
 TRUNCATION_IMAGES = 4096
 STOP_IMAGES = 1000
@@ -81,7 +81,9 @@ class Workbench:
         self._tutor = self._teacher if alike else Runner(task.batched, learned, threads=task.threads)
         self._keep = Spool().keep if is_large(task.layers) else None
         self._rows_wanted, probed = calibration_rows(task.layers), probe_rows(task.layers)
-        batches = probe_batches(task.train, task.evaluation_batch, task.seed, images, min(probed, PROBE_IMAGES[1]))
+        affordable = PROBE_MACS // max(cost.macs(task.model, task.types), 1)
+        most = min(probed, PROBE_IMAGES[1], max(affordable, PROBE_IMAGES[0]))
+        batches = probe_batches(task.train, task.evaluation_batch, task.seed, images, most)
         run = by_name(task.batched, task.loss.outputs, task.layers, task.threads)
         self.probe: Probe = take_probe(
             batches, task.layers, task.loss.outputs, run, task.seed, probed, self._keep or in_place
@@ -233,42 +235,12 @@ class Workbench:
         return divergence(task.loss, self.probe.outputs, [run(batch) for batch in self.probe.batches])
 
     def sensitivities(self, source: Candidate | None) -> Mapping[str, float]:
-        """Divergence per unit of relative error, each layer factorized alone at an error of about 5 %.
-
-        Measured on the original and kept: a trained network stays close enough to it.
-        """
+        """See `sensitivity`; measured on the original and kept: a trained network stays close enough to it."""
         del source
-        if self._keep is not None:  # every layer alone, through all that follows, takes too long
-            return dict.fromkeys(self._original, 1.0)
         if not self._sensitivities:
-            found: dict[str, float] = {}
-            rested = self._at_places(max(1, SENSITIVITY_IMAGES // self.task.evaluation_batch))
-            for index, (name, own) in enumerate(self._original.items()):
-                self._tell("measuring sensitivity", index / len(self._original))
-                choices = [option for option in own.options if option.choice is not None]
-                option = min(choices, key=lambda o: abs(o.loss - SENSITIVITY_ERROR), default=None)
-                if option is None or option.choice is None or option.loss <= 0:
-                    found[name] = 1.0
-                    continue
-                alone = Network({name: own.factors(option.choice)})
-                found[name] = max(self._divergence_behind(alone, name, rested), 1e-9) / option.loss
-            self._sensitivities = found
+            batch = None if self._keep is not None else self.probe.batches[0]
+            self._sensitivities = measured_sensitivities(self.task, self._original, self._places, batch, self._tell)
         return self._sensitivities
-
-    def _at_places(self, count: int) -> list[Inputs]:
-        """The first `count` batches of the probe with what the original computes at the resting places."""
-        places = sorted({place for place in self._places.values() if place is not None})
-        if not places:
-            return list(self.probe.batches[:count])
-        run = Runner(self.task.batched, places, threads=self.task.threads)
-        return [{**batch, **dict(zip(places, run(batch), strict=True))} for batch in self.probe.batches[:count]]
-
-    def _divergence_behind(self, network: Network, name: str, rested: Sequence[Inputs]) -> float:
-        """Divergence of a network that differs from the original in layer `name` alone."""
-        task = self.task
-        graph = build(task, network, batched=True)
-        run = Runner(between(graph, self._places[name], task.loss.outputs, task.types), threads=task.threads)
-        return divergence(task.loss, self.probe.outputs[: len(rested)], [run(batch) for batch in rested])
 
     # --- measuring and training -----------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stored chain that counts as large, trained two blocks at a time at most."""
     for module in ("weights", "normalize"):
         monkeypatch.setattr(f"onnxneutrino.{module}.LARGE_MODEL_BYTES", 2 * BYTES)
-    monkeypatch.setattr(workbench, "GROUP_BYTES", BYTES)
+    monkeypatch.setattr(workbench, "GROUP_BYTES", BYTES // 4)
     onnx.save(chain(), tmp_path / "in.onnx", save_as_external_data=True, location="in.data", size_threshold=100)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
@@ -103,8 +103,12 @@ def test_compress_a_large_model(folder: Path, trainer: str, monkeypatch: pytest.
         kept(self, model, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Trainer, "__init__", watched)
+    given = graph.load(folder / "in.onnx").model
+    x = np.random.default_rng(2).standard_normal((64, WIDTH)).astype(np.float32)
+    before = Runner(given)({"h0": x})[0]
+    delta = float(np.var(before)) / 10
     config = Config(
-        data=DataConfig(path="random"), metric="mse", delta=1e6, trainer=trainer, time_limit=12.0, threads=1
+        data=DataConfig(path="random"), metric="mse", delta=delta, trainer=trainer, time_limit=12.0, threads=1
     )
     report = compress_file(folder / "in.onnx", folder / "out.onnx", config)
     assert any("rows per dimension" in warning for warning in report.warnings)
@@ -117,12 +121,9 @@ def test_compress_a_large_model(folder: Path, trainer: str, monkeypatch: pytest.
         assert len(report.blocks) == DEPTH
         assert len(steps) >= 2
         assert max(steps) <= 1.2 * BYTES
-    given, made = graph.load(folder / "in.onnx").model, graph.load(folder / "out.onnx").model
+    made = graph.load(folder / "out.onnx").model
     assert graph.data_bytes(made) < 0.9 * graph.data_bytes(given)
-    x = np.random.default_rng(2).standard_normal((64, WIDTH)).astype(np.float32)
-    before, after = Runner(given)({"h0": x})[0], Runner(made)({"h0": x})[0]
-    assert np.isfinite(after).all()
-    assert np.mean((before - after) ** 2) < np.var(before)
+    assert np.mean((before - Runner(made)({"h0": x})[0]) ** 2) < 2 * delta
     gc.collect()
     assert not list((folder / "temporary").iterdir())
 

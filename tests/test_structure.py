@@ -45,6 +45,7 @@ TIERS = (
     ("training_plan",),
     ("task",),
     ("weightings",),
+    ("sensitivity",),
     ("workbench",),
     ("summary",),
     ("conductor",),

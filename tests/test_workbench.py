@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, numpy_helper
 from onnx.parser import parse_model
 
-from onnxneutrino import conductor, cost, finetune, metrics, prepare, workbench
+from onnxneutrino import conductor, cost, finetune, metrics, prepare, sensitivity, workbench
 from onnxneutrino.allocate import Option
 from onnxneutrino.config import Config, DataConfig
 from onnxneutrino.data import deciding
@@ -216,7 +216,7 @@ def test_sensitivities_are_positive_for_every_layer_and_rank_them(bench: Workben
     assert list(found) == [layer.name for layer in bench.task.layers]
     assert all(value > 0 and np.isfinite(value) for value in found.values())
     for name, own in bench._original.items():
-        option = min((o for o in own.options if o.choice), key=lambda o: abs(o.loss - workbench.SENSITIVITY_ERROR))
+        option = min((o for o in own.options if o.choice), key=lambda o: abs(o.loss - sensitivity.ERROR))
         assert option.choice is not None
         alone = bench._divergence(Network({name: own.factors(option.choice)}))
         assert alone / option.loss == pytest.approx(found[name], rel=0.5)
