@@ -93,8 +93,21 @@ def summary(report: Report) -> RenderableType:
                 "the normalized original was written."
             )
         )
+    lines.extend(Text(line) for line in _block_lines(report))
     lines.extend(Text(f"Warning: {warning}") for warning in report.warnings)
     return Group(table, *lines)
+
+
+def _block_lines(report: Report) -> list[str]:
+    """A line about the layers that were trained by reconstruction; none where all were trained end to end."""
+    blocks = [block for block in report.blocks if block.how == "reconstruction"] if report.training else []
+    if not blocks:
+        return []
+    layers = sum(len(block.layers) for block in blocks)
+    kinds = sorted({kind for block in blocks for kind in block.ended_by})
+    why = f", because no gradient passes {', '.join(kinds)}" if kinds else ""
+    what = f"{layers} layer{'s' * (layers > 1)} in {len(blocks)} block{'s' * (len(blocks) > 1)}"
+    return [f"{what} learned the original's tensors{why}."]
 
 
 def outlook(report: Report) -> RenderableType:

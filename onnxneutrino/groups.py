@@ -201,8 +201,9 @@ class GroupTraining:
             share = (end - began) / (len(self._groups) - index)
             result = self._step(cut_out(self._copy, group, fed[0]), part, drawn, share, began, learning_rate)
             if result is not None:
-                results.append(result)
                 learned |= {name: self._keep(array) for name, array in result.arrays.items()}
+                results.append(dataclasses.replace(result, arrays={}))  # else all would be in memory in the end
+                del result
             if rest:
                 behind = self._run(self._student(learned), start, rest, own)
                 own = [{**plain, rest[0]: values[rest[0]]} for plain, values in zip(batches, behind, strict=True)]

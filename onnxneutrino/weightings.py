@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 
 from onnxneutrino import cost
 from onnxneutrino.calibrate import Run
 from onnxneutrino.curvature import output_curvature
+from onnxneutrino.data import Inputs
 from onnxneutrino.errors import NeutrinoError
 from onnxneutrino.large import is_large
 from onnxneutrino.plan import Array
@@ -15,11 +17,11 @@ from onnxneutrino.task import Task
 BATCHES, MACS = 32, 10**11
 
 
-def output_weightings(task: Task, teacher: Run) -> Mapping[str, Array]:
+def output_weightings(task: Task, teacher: Run, seconds: float) -> Mapping[str, Array]:
     """`G` of every layer of a classifier, `(O, O)`; none where the network cannot be differentiated.
 
     None either for a large model: its gradients need artifacts of the whole network. 32 batches, fewer where these
-    would take more than 1e11 multiply-accumulates forward.
+    would take more than 1e11 multiply-accumulates forward, or have taken `seconds`.
     """
     if task.loss.kind != "classes" or (task.training is not None and task.training.faulty) or is_large(task.layers):
         return {}
@@ -29,7 +31,24 @@ def output_weightings(task: Task, teacher: Run) -> Mapping[str, Array]:
     full = [own for own in inputs if len(next(iter(own.values()))) == task.batch]
     try:
         return output_curvature(
-            task.batched, task.batch, task.layers, task.loss, full, teacher, task.threads, task.seed, task.types
+            task.batched,
+            task.batch,
+            task.layers,
+            task.loss,
+            _within(full, seconds),
+            teacher,
+            task.threads,
+            task.seed,
+            task.types,
         )
     except NeutrinoError:
         return {}
+
+
+def _within(batches: Sequence[Inputs], seconds: float) -> Iterator[Inputs]:
+    """The first batch, and others until `seconds` are over since it was asked for."""
+    end = time.perf_counter() + seconds
+    for index, batch in enumerate(batches):
+        if index and time.perf_counter() > end:
+            return
+        yield batch

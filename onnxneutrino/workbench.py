@@ -91,7 +91,9 @@ class Workbench:
         probed = sum(len(next(iter(batch.values()))) for batch in self.probe.batches)
         self._places = resting_places(task.batched, task.types, task.layers, task.loss.outputs, RESTING / probed)
         self._tell("measuring the curvature of the outputs", 0.0)
-        self._curvature = output_weightings(task, self._teacher)  # before the moments: both are large
+        self._curvature = output_weightings(
+            task, self._teacher, calibration_seconds
+        )  # before the moments: both are large
         wanted = min(images_needed(task.layers, self._rows_wanted), len(task.train)) if images is None else images
         moments, self.calibration_images = self._moments(Network(), wanted, calibration_seconds)
         self._original = {

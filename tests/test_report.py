@@ -22,6 +22,7 @@ from onnxneutrino.report import (
     LayerRow,
     Report,
     SixMetrics,
+    TrainedBlock,
     Training,
     enhancement,
 )
@@ -331,3 +332,15 @@ def test_on_a_terminal_one_short_line_that_goes_away(capsys: pytest.CaptureFixtu
     assert "x" * 80 not in shown
     assert shown.endswith("\x1b[2K")
     assert capsys.readouterr().out == "{}\n"
+
+
+def test_summary_says_what_learned_by_reconstruction() -> None:
+    blocks = (
+        TrainedBlock(("a", "b"), "reconstruction", ("t",), ("Sign",)),
+        TrainedBlock(("c",), "reconstruction", ("u",), ("If", "Sign")),
+        TrainedBlock(("d",), "end to end", ("y",), ()),
+    )
+    told = "3 layers in 2 blocks learned the original's tensors, because no gradient passes If, Sign."
+    assert told in text_of(console.summary(dataclasses.replace(full_report(), blocks=blocks))).replace("\n", " ")
+    only_whole = dataclasses.replace(full_report(), blocks=blocks[2:])
+    assert "learned the original" not in text_of(console.summary(only_whole))
