@@ -97,7 +97,8 @@ def _moved(loss: Loss, example: Example) -> list[np.ndarray]:
             if name in loss.squared:
                 # Far off on one side: near the teacher's own values curvature would hide the slope.
                 offset = FAR * (1 + offset / 2)
-            array = np.asarray(array + offset * max(float(np.std(array)), 1e-6), np.float32)
+            size = float(np.std(array, dtype=np.float64))  # in float16 its sum of squares overflows
+            array = np.asarray(array + offset * max(size, 1e-6), np.float32)
         moved.append(array)
     return moved
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
 from onnx.parser import parse_model
 
-from onnxneutrino import finetune, passes, training_copy, training_plan
+from onnxneutrino import finetune, passes, selfcheck, training_copy, training_plan
 from onnxneutrino.differentiable import differentiated
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.finetune import Example
@@ -84,7 +84,6 @@ def without_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_conv_with_same_padding_is_found_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from onnxneutrino import selfcheck
 
     without_refusal(monkeypatch)
     model = conv_net('auto_pad = "SAME_UPPER"')
@@ -167,3 +166,12 @@ def test_a_wrong_lowering_stops_before_training(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(training_copy, "LOWER", (*passes.LOWER, halved))
     with pytest.raises(TrainingError, match="output 'y' of the training copy differs"):
         planned(conv_net("pads = [1,1,1,1]"))
+
+
+def test_targets_of_float16_outputs_stay_finite() -> None:
+    teacher = np.random.default_rng(0).standard_normal((8, 1000)).astype(np.float16) * np.float16(30)
+    for loss in (Loss("classes", ("y",)), VALUES):
+        (moved,) = selfcheck._moved(loss, Example({}, [teacher], None))
+        assert np.isfinite(moved).all()
+        assert moved.dtype == np.float32
+        assert np.abs(moved - teacher).max() > 10
