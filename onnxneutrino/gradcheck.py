@@ -21,9 +21,10 @@ from onnxneutrino.weights import array
 
 # By how much a step moves the loss, relative, by the gradient that is checked; the likeliest to do comes first.
 MOVES = (1e-3, 1e-4, 1e-2, 3e-5, 3e-2)
+LEAST_LOSS = 1e-3  # a smaller one is taken for this: of a loss of zero every share is zero
 ENOUGH = 5e-3  # an error with which no other step is tried
 FARTHEST = 3e-2  # of the arrays, relative
-NOISE = 1e-6  # relative noise of a loss in single precision
+NOISE = 2e-5  # relative; a hundred times that of a loss in single precision
 
 LossAt = Callable[[Mapping[str, np.ndarray]], float]
 
@@ -114,12 +115,12 @@ def _derivative(
     for move in MOVES:
         change = farthest * move / max(MOVES)
         if analytic:
-            change = min(change, move * here / abs(analytic))
+            change = min(change, move * max(here, LEAST_LOSS) / abs(analytic))
         ahead, behind = (
             loss_at({name: start[name] + sign * change * direction[name] for name in names}) for sign in (1, -1)
         )
         numeric = (ahead - behind) / (2 * change)
-        noise = NOISE * max(abs(ahead), abs(behind)) / change
+        noise = NOISE * max(abs(ahead), abs(behind), LEAST_LOSS) / change
         tried = Derivative(tuple(names), analytic, numeric, max(abs(analytic), abs(numeric), noise, 1e-30))
         best = tried if best is None or tried.error < best.error else best
         if best.error <= ENOUGH:

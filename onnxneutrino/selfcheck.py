@@ -37,11 +37,19 @@ TIMEOUT = 180.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the check found: None in `fault` where every gradient is right, else one line."""
+    """What the check found.
+
+    Attributes:
+        fault: what is wrong with a gradient, in one line; None where every gradient is right.
+        directions: how many were compared.
+        worst: the largest relative error of those that passed.
+        note: why there was no check, in one line; empty where there was one.
+    """
 
     fault: str | None
     directions: int
     worst: float
+    note: str = ""
 
 
 def gradient_check(
@@ -69,15 +77,15 @@ def gradient_check(
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
         except subprocess.TimeoutExpired:
-            return Verdict(f"the check did not end within {TIMEOUT:g} s", 0, float("nan"))
+            return Verdict(None, 0, float("nan"), f"it did not end within {TIMEOUT:g} s")
         if done.returncode < 0:
             return Verdict(f"a kernel of the training runtime crashed (signal {-done.returncode})", 0, float("nan"))
         try:
             result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         except OSError:
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            return Verdict(f"the check failed: {last}", 0, float("nan"))
-    return Verdict(result["fault"], result["directions"], result["worst"])
+            return Verdict(None, 0, float("nan"), last)
+    return Verdict(**result)
 
 
 def _chosen(groups: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -88,17 +96,19 @@ def _chosen(groups: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def _moved(loss: Loss, example: Example) -> list[np.ndarray]:
+    """The teacher's tensors, those that are learned moved to where the loss has a slope whatever the network says."""
     generator = np.random.default_rng(0)
     moved = []
     for name, value in zip(loss.tensors, example.teacher, strict=True):
         array = np.asarray(value)
-        if name not in loss.fed or name in loss.squared:
-            offset = generator.standard_normal(array.shape)
-            if name in loss.squared:
-                # Far off on one side: near the teacher's own values curvature would hide the slope.
-                offset = FAR * (1 + offset / 2)
+        noise = generator.standard_normal(array.shape)
+        if name in loss.squared:
+            # Far off on one side: near the teacher's own values curvature would hide the slope.
             size = float(np.std(array, dtype=np.float64))  # in float16 its sum of squares overflows
-            array = np.asarray(array + offset * max(size, 1e-6), np.float32)
+            array = np.asarray(array + FAR * (1 + noise / 2) * max(size, 1e-6), np.float32)
+        elif name in loss.outputs:
+            # Unsure of the class: where teacher and network are sure of the same, the slope is lost in rounding.
+            array = np.asarray(loss.temperature * noise, np.float32)
         moved.append(array)
     return moved
 
@@ -132,7 +142,7 @@ def check(
     except TrainingError as error:
         return Verdict(str(error), 0, float("nan"))
     except NeutrinoError as error:
-        return Verdict(f"the check failed: {error}", 0, float("nan"))
+        return Verdict(None, 0, float("nan"), str(error))
     own = max(wrong, key=lambda entry: entry.error)
     text = f"the gradient at '{own.names[0]}' is {own.analytic:.3g}, finite differences give {own.numeric:.3g}"
     return Verdict(text, len(groups), own.error)

@@ -23,7 +23,7 @@ from onnxneutrino.large import is_large
 from onnxneutrino.losses import PREFIX, Loss, with_loss
 from onnxneutrino.plan import Layer
 from onnxneutrino.runtime import Runner
-from onnxneutrino.selfcheck import gradient_check
+from onnxneutrino.selfcheck import Verdict, gradient_check
 from onnxneutrino.training_copy import check_training_copy, fed_types, training_copy
 
 CHECKED_SHARE = 8
@@ -135,28 +135,30 @@ def _attempt(scope: _Scope, faulty: tuple[str, ...]) -> tuple[TrainingPlan, str 
     checked = [names for layer, names in zip(scope.layers, groups, strict=True) if layer.name in trained]
     example = Example(fed_types(scope.small, scope.few), _teacher(scope, own, scope.few), None)
     if is_large(scope.layers):
-        fault = _fault_in_parts(scope, own, found, checked, example)
+        verdict = _check_in_parts(scope, own, found, checked, example)
     else:
-        fault = gradient_check(scope.small, checked, own, example, scope.threads).fault
-    return TrainingPlan(own, tuple(found), faulty), fault
+        verdict = gradient_check(scope.small, checked, own, example, scope.threads)
+    warnings = (f"gradients were not checked: {verdict.note}",) if verdict.note else ()
+    return TrainingPlan(own, tuple(found), faulty, warnings), verdict.fault
 
 
-def _fault_in_parts(
+def _check_in_parts(
     scope: _Scope, loss: Loss, found: Sequence[Block], layers: Sequence[Sequence[str]], example: Example
-) -> str | None:
+) -> Verdict:
     """What the self-check says about the first and the last block of a large model, each cut out of it."""
     values = {**example.inputs, **dict(zip(loss.tensors, example.teacher, strict=True))}
     parts = grouped(scope.small, found, loss, scope.weights, 0)
+    verdict = Verdict(None, 0, 0.0)
     for part in dict.fromkeys((parts[0], parts[-1])):
         model = cut_out(scope.small, part, values)
         held = {tensor.name for tensor in model.graph.initializer}
         checked = [[name for name in names if name in held] for names in layers]
         own = loss_of(part, loss)
         few = Example(as_inputs(part, values), [values[name] for name in own.tensors], None)
-        fault = gradient_check(model, checked, own, few, scope.threads).fault
-        if fault is not None:
-            return fault
-    return None
+        verdict = gradient_check(model, checked, own, few, scope.threads)
+        if verdict.fault is not None:
+            return verdict
+    return verdict
 
 
 def _without_culprit(scope: _Scope, plan: TrainingPlan, fault: str) -> TrainingPlan:
@@ -176,7 +178,7 @@ def _without_culprit(scope: _Scope, plan: TrainingPlan, fault: str) -> TrainingP
                 f"ONNX Runtime training's gradient of {kind} is wrong in this model ({fault}): "
                 "what stands before it learns by reconstruction"
             )
-            return dataclasses.replace(tried, warnings=(warning,))
+            return dataclasses.replace(tried, warnings=(*tried.warnings, warning))
     raise TrainingError(f"the gradient self-check failed: {fault}; use --trainer none, and please report the model")
 
 

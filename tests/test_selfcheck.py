@@ -175,3 +175,19 @@ def test_targets_of_float16_outputs_stay_finite() -> None:
         assert np.isfinite(moved).all()
         assert moved.dtype == np.float32
         assert np.abs(moved - teacher).max() > 10
+
+
+def test_a_check_that_cannot_be_done_is_a_note_and_blames_no_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "TIMEOUT", 0.01)
+    verdict = checked(conv_net("pads = [1,1,1,1]"))
+    assert verdict.fault is None
+    assert verdict.note == "it did not end within 0.01 s"
+    plan = planned(conv_net("pads = [1,1,1,1]"))
+    assert plan.warnings == ("gradients were not checked: it did not end within 0.01 s",)
+    assert not plan.faulty
+
+
+def test_a_loss_of_zero_has_steps_too() -> None:
+    model = conv_net("pads = [1,1,1,1]")
+    example = Example(inputs(), Runner(model)(inputs()), None)
+    assert selfcheck.check(model, [["w0"], ["w2"]], VALUES, example).fault is None
