@@ -61,7 +61,7 @@ def arguments_of(model: Path) -> tuple[list[str], str]:
     if model.stem in LOADERS:
         function, metric = LOADERS[model.stem]
         delta = DELTA if metric == "top1" else AGREEMENT_DELTA
-        loader = Path(__file__).with_name("corpus_loaders.py")
+        loader = Path(__file__).resolve().with_name("corpus_loaders.py")
         return [*options, "--data", f"{loader}:{function}", "--metric", metric, "--delta", delta], "own"
     if model.with_suffix(".toml").is_file():
         return [*options, "--delta", DELTA], "own"
@@ -78,7 +78,7 @@ def compressed(model: Path, data: Path, work: Path, plain: str, limit: str) -> d
     command[:1] = [sys.executable, "-m", "onnxneutrino"]
     start = time.perf_counter()
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "CORPUS_DATA": str(data)}
+        command, capture_output=True, text=True, check=False, cwd=work, env={**os.environ, "CORPUS_DATA": str(data)}
     )
     row: dict[str, Any] = {
         "model": model.stem,
@@ -220,13 +220,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="names of models")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    work = options.work.resolve()  # a checkout is no place to run in: its package lacks the passes there
     rows = []
     for model in sorted(options.models.glob("*.onnx")):
         if options.only and model.stem not in options.only:
             continue
         kept = options.work / f"row_{model.stem}.json"
         if not kept.is_file():
-            row = compressed(model, options.data.resolve(), options.work, options.plain, options.time_limit)
+            row = compressed(model.resolve(), options.data.resolve(), work, options.plain, options.time_limit)
             kept.write_text(json.dumps(row), encoding="utf-8")
         rows.append(json.loads(kept.read_text(encoding="utf-8")))
         print(f"{model.stem}: {rows[-1]['code']} {rows[-1]['seconds']:.0f} s {rows[-1]['line']}", flush=True)

@@ -75,7 +75,8 @@ def gradient_check(
         np.savez(folder / "arrays.npz", **arrays)
         command = [sys.executable, "-m", "onnxneutrino.selfcheck", name]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+            # In its folder: `-m` looks for the package where it is run first, and a checkout lacks its passes there.
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False, cwd=folder)
         except subprocess.TimeoutExpired:
             return Verdict(None, 0, float("nan"), f"it did not end within {TIMEOUT:g} s")
         if done.returncode < 0:
