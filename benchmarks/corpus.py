@@ -190,6 +190,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for warning in row["report"]["warnings"]
         if not warning.startswith("random inputs")
     ]
+    shares = [
+        100 * row["report"]["seconds"].get("check gradients", 0.0) / sum(row["report"]["seconds"].values())
+        for row in rows
+        if "report" in row
+    ]
+    if shares:
+        told = f"median {np.median(shares):.1f} % of a run, at most {max(shares):.1f} %"
+        lines += ["", f"Training copy and gradient self-check: {told}."]
     if refused:
         lines += ["", f"## Refused: {len(refused)}", *refused]
     if warned:
