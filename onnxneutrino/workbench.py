@@ -309,7 +309,7 @@ class Workbench:
         )
         better = self._better(network, self._mended(self._learned(network, result.arrays), name))
         if better is network:
-            self.warnings.append(f"{name}: the metric on the validation share fell; the weights before it were kept")
+            self.warnings.append(f"{name}: the metric fell; the weights before it were kept")
         return dataclasses.replace(
             candidate,
             name=name,
@@ -358,14 +358,21 @@ class Workbench:
         return min((network, self._refitted(network, name)), key=self._divergence)
 
     def _better(self, before: Network, after: Network) -> Network:
-        """`before` where `after` scores worse on the validation share of the training split, by more than its error."""
-        task = self.task
-        if task.stop is None:
+        """`before` where `after` scores worse by more than its error, on held-out training images and deciding ones.
+
+        The original has memorised the first, and a network made from it loses that memory when it is trained: there
+        alone a worse score says little.
+        """
+        stop, select = self.task.stop, self.task.select
+        if stop is None or not self._loses(before, after, stop) or not self._loses(before, after, select):
             return after
-        split = task.stop.subset(np.arange(min(len(task.stop), STOP_IMAGES)))
+        return before
+
+    def _loses(self, before: Network, after: Network, split: Split) -> bool:
+        split = split.subset(np.arange(min(len(split), STOP_IMAGES)))
         rows = [self._rows(network, split) for network in (before, after)]
-        lost = metrics.drop(task.metric, rows[0], rows[1], seed=task.seed)
-        return before if lost.value > lost.standard_error else after
+        lost = metrics.drop(self.task.metric, rows[0], rows[1], seed=self.task.seed)
+        return lost.value > lost.standard_error
 
     def _rows(self, network: Network, split: Split) -> NDArray[Any]:
         """Metric statistics of a network on a split."""

@@ -355,12 +355,23 @@ def test_a_training_that_makes_it_worse_is_taken_back(
     found = judged.trained(candidate, 0.5, "worse")
     assert found is not None
     assert found.network is candidate.network
-    assert "validation share fell" in judged.warnings[0]
+    assert judged.warnings == ["worse: the metric fell; the weights before it were kept"]
     without = Workbench(task, 60.0, images=64)
     assert task.stop is None
     kept = without.trained(candidate, 0.5, "worse")
     assert kept is not None
     assert kept.network is not candidate.network
+
+
+def test_what_only_memorised_images_lose_is_kept(
+    bench: Workbench, candidate: Candidate, trained: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = dataclasses.replace(bench.task, stop=bench.task.train)
+    monkeypatch.setattr(bench, "task", task)
+    for memorised, judged, kept in ((True, False, trained), (False, True, trained), (True, True, candidate)):
+        loses = {id(task.stop): memorised, id(task.select): judged}
+        monkeypatch.setattr(bench, "_loses", lambda before, after, split, loses=loses: loses[id(split)])
+        assert bench._better(candidate.network, trained.network) is kept.network
 
 
 def test_labels_are_used_where_they_are_wanted(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
