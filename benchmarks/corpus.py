@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def verified(path: Path, work: Path, plain: str) -> tuple[str, str]:
     names = [value.name for value in real_inputs(model)]
     free = SHAPES.get(path.stem, {})
     inputs = random_inputs(model, fixed_shapes(model, {name: free[name] for name in names if name in free}), 0)
-    given, got = work / "inputs.npz", work / "outputs.npz"
+    given, got = work / f"{path.stem}.inputs.npz", work / f"{path.stem}.outputs.npz"
     stored: dict[str, Any] = dict(inputs)
     np.savez(given, **stored)
     done = subprocess.run(
@@ -143,12 +144,16 @@ def trained_how(report: dict[str, Any]) -> str:
         return "not trained"
     whole = [layer for block in report["blocks"] if block["how"] == "end to end" for layer in block["layers"]]
     parts = [block for block in report["blocks"] if block["how"] == "reconstruction"]
-    texts = [f"{len(whole)} layers end to end"] if whole else []
+    texts = [f"{_count(len(whole), 'layer')} end to end"] if whole else []
     if parts:
         kinds = ", ".join(sorted({kind for block in parts for kind in block["ended_by"]}))
-        layers = sum(len(block["layers"]) for block in parts)
-        texts.append(f"{layers} layers in {len(parts)} blocks by reconstruction (before {kinds})")
+        layers = _count(sum(len(block["layers"]) for block in parts), "layer")
+        texts.append(f"{layers} in {_count(len(parts), 'block')} by reconstruction (before {kinds})")
     return ", ".join(texts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -207,12 +212,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 HEADING = """# Every model, as it comes
 
-Made by `python benchmarks/corpus.py MODELS DATA --work FOLDER --plain PYTHON --output docs/corpus.md`: each file
-through `onnxneutrino compress` with `--time-limit {limit}`, default trainer, seed 0, on two cores: a test of breadth,
-not of how far a model can be compressed. `own` data: delta 1 in top-1 (5 in agreement); `random`: the metric is
-agreement with the original on random inputs, delta 5, which says nothing about real data. The last columns: accepted by
-onnx.checker; version of the plain onnxruntime that ran the output, and the largest difference of its outputs from
-those of the runtime in use, relative to the largest value.
+Made by `python benchmarks/corpus.py MODELS DATA --work FOLDER --plain PYTHON --jobs {jobs} --output docs/corpus.md`:
+each file through `onnxneutrino compress` with `--time-limit {limit}`, default trainer, seed 0, on two shared cores, so
+many at a time as `--jobs` says: a test of breadth, not of how far a model can be compressed. `own` data: delta 1 in
+top-1 (5 in agreement); `random`: the metric is agreement with the original on random inputs, delta 5, which says
+nothing about real data. The last columns: accepted by onnx.checker; version of the plain onnxruntime that ran the
+output, and the largest difference of its outputs from those of the runtime in use, relative to the largest value;
+seconds.
 """
 
 
@@ -224,24 +230,30 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for outputs and results")
     parser.add_argument("--plain", required=True, help="interpreter with the newest plain onnxruntime")
     parser.add_argument("--time-limit", default="2m")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--output", type=Path, metavar="FILE.md")
     parser.add_argument("--only", nargs="*", default=[], help="names of models")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     work = options.work.resolve()  # a checkout is no place to run in: its package lacks the passes there
-    rows = []
-    for model in sorted(options.models.glob("*.onnx")):
-        if options.only and model.stem not in options.only:
-            continue
-        kept = options.work / f"row_{model.stem}.json"
+
+    def row_of(model: Path) -> dict[str, Any]:
+        kept = work / f"row_{model.stem}.json"
         if not kept.is_file():
-            row = compressed(model.resolve(), options.data.resolve(), work, options.plain, options.time_limit)
-            kept.write_text(json.dumps(row), encoding="utf-8")
-        rows.append(json.loads(kept.read_text(encoding="utf-8")))
-        print(f"{model.stem}: {rows[-1]['code']} {rows[-1]['seconds']:.0f} s {rows[-1]['line']}", flush=True)
+            made = compressed(model.resolve(), options.data.resolve(), work, options.plain, options.time_limit)
+            kept.write_text(json.dumps(made), encoding="utf-8")
+        row: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        print(f"{model.stem}: {row['code']} {row['seconds']:.0f} s {row['line']}", flush=True)
+        return row
+
+    models = [path for path in sorted(options.models.glob("*.onnx")) if not options.only or path.stem in options.only]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = list(pool.map(row_of, models))
     text = table(rows)
     if options.output:
-        options.output.write_text(f"{HEADING.format(limit=options.time_limit)}\n{text}\n", encoding="utf-8")
+        options.output.write_text(
+            f"{HEADING.format(limit=options.time_limit, jobs=options.jobs)}\n{text}\n", encoding="utf-8"
+        )
     else:
         print(text)
     if any(row["code"] not in (0, 1, 2) or ("report" in row and row["checked"] != "yes") for row in rows):
