@@ -21,7 +21,7 @@ from onnxneutrino.candidates import whole_point
 from onnxneutrino.config import Config
 from onnxneutrino.data import Dataset, Deciding, Inputs, deciding
 from onnxneutrino.errors import ModelError, OutputError, TrainingError
-from onnxneutrino.formats import format_metric, format_ratio
+from onnxneutrino.formats import format_metric
 from onnxneutrino.graph import TensorType, check, check_writable, load, save
 from onnxneutrino.layer_options import cost_unit
 from onnxneutrino.normalize import normalize
@@ -30,7 +30,7 @@ from onnxneutrino.plan import Frozen, Layer
 from onnxneutrino.report import CandidateRow, Event, Report
 from onnxneutrino.runtime import Runner, random_inputs, runtime_conflict
 from onnxneutrino.search import Candidate, Settings, accepted, search
-from onnxneutrino.summary import Chosen, candidate_row, make_report, with_file_size
+from onnxneutrino.summary import Chosen, candidate_line, candidate_row, make_report, with_file_size
 from onnxneutrino.task import Marked, Network, Task, build, trainable_initializers
 from onnxneutrino.training_plan import plan_training
 from onnxneutrino.weights import stored_bytes
@@ -119,6 +119,7 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     conflict = runtime_conflict()
     warnings = [conflict] if conflict else []
     opened = prepare.open_model(model, name, config)
+    prepare.check_main_graph(opened)
     config, metric, dataset = prepare.settled(opened, config)
     judges = deciding(dataset, config.seed, config.data.path)
     warnings.extend(dataset.warnings)
@@ -126,8 +127,7 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     samples = prepare.first_examples(dataset.test, SAMPLES)
     marked = mark(opened, samples, config)
     if not marked.layers:
-        reasons = sorted({layer.reason for layer in marked.frozen}) or ["it has no Conv, Gemm or MatMul"]
-        raise ModelError(f"{name}: no layer can be factorized: {'; '.join(reasons)}")
+        raise prepare.without_layers(name, marked.frozen)
     clock.phase("measure the original")
     batch = prepare.evaluation_batch(opened) if marked.freed else 1
     start = time.perf_counter()
@@ -182,14 +182,6 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     clock.phase("")
     final = None if config.dry_run else build(task, chosen.network)
     return Result(final, dataclasses.replace(report, seconds=clock.seconds), opened.shapes, chosen.network)
-
-
-def candidate_line(candidate: Candidate, ok: bool, full_cost: float) -> str:
-    """One line about a measured candidate, for the console."""
-    drop = candidate.drop
-    lost = "not measured" if drop is None else f"{format_metric(drop.value)} ± {format_metric(drop.standard_error)}"
-    verdict = "accepted" if ok else "refused"
-    return f"{candidate.name}: {format_ratio(full_cost / candidate.cost)} smaller, drop {lost}, {verdict}"
 
 
 def mark(opened: prepare.Opened, samples: Sequence[Inputs], config: Config) -> Marked:

@@ -30,6 +30,8 @@ from onnxneutrino.graph import (
 )
 from onnxneutrino.losses import Loss
 from onnxneutrino.passes import free_batch
+from onnxneutrino.passes.find_layers import find_layers
+from onnxneutrino.plan import Frozen
 from onnxneutrino.runtime import Runner, observed_types
 
 CLASSIFIERS = ("top1", "top5", "f1", "agreement")
@@ -120,6 +122,24 @@ def data_shapes(model: ModelProto, config: Config) -> dict[str, tuple[int, ...]]
                 return None
             found = own
     return found
+
+
+def without_layers(name: str, frozen: Sequence[Frozen]) -> ModelError:
+    """The refusal of a model in which nothing can be factorized."""
+    reasons = sorted({layer.reason for layer in frozen}) or ["it has no Conv, Gemm or MatMul"]
+    return ModelError(f"{name}: no layer can be factorized: {'; '.join(reasons)}")
+
+
+def check_main_graph(opened: Opened) -> None:
+    """Refuse, before any data are read, a model without a layer outside the bodies of If, Loop and Scan.
+
+    Raises:
+        ModelError: gives the reasons.
+    """
+    found = find_layers(opened.model, opened.types)
+    inside = [own for own in found if isinstance(own, Frozen) and own.reason.startswith("inside the body")]
+    if len(inside) == len(found):
+        raise without_layers(opened.name, inside)
 
 
 def types_of(model: ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorType]:

@@ -14,6 +14,7 @@ from onnx import ModelProto
 from onnxneutrino import cost, metrics, prepare
 from onnxneutrino.config import Config
 from onnxneutrino.data import Deciding, Inputs
+from onnxneutrino.formats import format_metric, format_ratio
 from onnxneutrino.plan import Choice, Frozen, Layer
 from onnxneutrino.report import (
     CandidateRow,
@@ -76,6 +77,14 @@ def candidate_row(candidate: Candidate, ok: bool, task: Task, original: float) -
         accepted=ok,
         note=f"divergence {candidate.divergence:.4g}, untrained" if not candidate.trained else "",
     )
+
+
+def candidate_line(candidate: Candidate, ok: bool, full_cost: float) -> str:
+    """One line about a measured candidate, for the console."""
+    drop = candidate.drop
+    lost = "not measured" if drop is None else f"{format_metric(drop.value)} ± {format_metric(drop.standard_error)}"
+    verdict = "accepted" if ok else "refused"
+    return f"{candidate.name}: {format_ratio(full_cost / candidate.cost)} smaller, drop {lost}, {verdict}"
 
 
 def plan_of(network: Network) -> dict[str, Choice]:

@@ -385,3 +385,22 @@ def test_bodies_stay_byte_for_byte() -> None:
     )
     reasons = {layer.name: layer.reason for layer in report.layers}
     assert reasons["branch/then_branch/inner"] == "inside the body of If branch"
+
+
+def test_a_model_with_all_layers_in_bodies_is_refused_before_its_data_are_read() -> None:
+    model = parser.parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        net (float[N,16] x, bool c) => (float[N,32] y) {
+            y = If (c) <
+                then_branch = p () => (float[N,32] t) <float[16,32] w> { t = MatMul (x, w) },
+                else_branch = q () => (float[N,32] e) <float[16,32] v> { e = MatMul (x, v) }>
+        }
+        """
+    )
+    for name, branch in (("w", 0), ("v", 1)):
+        body = model.graph.node[0].attribute[branch].g
+        del body.value_info[:]
+        body.initializer.append(numpy_helper.from_array(np.ones((16, 32), np.float32), name))
+    with pytest.raises(ModelError, match=r"no layer can be factorized: inside the body of If"):
+        onnxneutrino.compress(model, data="missing.npz", delta=1.0)
