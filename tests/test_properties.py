@@ -56,10 +56,10 @@ def outputs(model: ModelProto, inputs: dict[str, np.ndarray]) -> np.ndarray:
     return np.asarray(Runner(model)(inputs)[0])
 
 
-def difference(one: np.ndarray, other: np.ndarray) -> float:
-    """Largest difference, relative to the largest value."""
+def difference(one: np.ndarray, other: np.ndarray, least: float = 1e-6) -> float:
+    """Largest difference, relative to the largest value or to `least`."""
     assert one.shape == other.shape
-    return float(np.abs(one.astype(np.float64) - other).max() / max(float(np.abs(one).max()), 1e-6))
+    return float(np.abs(one.astype(np.float64) - other).max() / max(float(np.abs(one).max()), least))
 
 
 def usable(drawn: Drawn) -> np.ndarray:
@@ -104,7 +104,9 @@ def test_normalized_and_factorized_at_full_rank_it_computes_the_same(drawn: Draw
         event(f"{layer.kind} as {form}")
     chains = factorize(model, layers, factors)
     iterated = any(own.form == "cp" for own in factors.values())
-    assert difference(wanted, outputs(chains, inputs)) < (ITERATED_TOLERANCE if iterated else OUTPUT_TOLERANCE)
+    # In a single output large terms may cancel, while those of a chain are rounded before they are added.
+    error = difference(wanted, outputs(chains, inputs), least=0.25)
+    assert error < (ITERATED_TOLERANCE if iterated else OUTPUT_TOLERANCE)
 
 
 def with_zero(model: ModelProto) -> ModelProto:
