@@ -17,7 +17,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from onnxneutrino.calibrate import Run
 from onnxneutrino.finetune import Example, Trainer
-from onnxneutrino.graph import TensorType, copied, declared_shape, real_inputs, tensor_types
+from onnxneutrino.graph import TensorType, copied, tensor_types
 from onnxneutrino.losses import Loss, rows, softmax
 from onnxneutrino.plan import Array, Layer
 from onnxneutrino.training_copy import training_copy
@@ -55,8 +55,7 @@ def output_curvature(
         TrainingError: the network cannot be differentiated.
     """
     copy = training_copy(model, batch, types)
-    fed = {value.name: tuple(int(size or 1) for size in declared_shape(value) or ()) for value in real_inputs(copy)}
-    seen = tensor_types(copy, fed)
+    seen = tensor_types(copy, {})  # of fixed shapes, with the types noted that inference does not find
     shapes = {use.output: seen[use.output].shape for layer in layers for use in layer.uses}
     copy, weights = with_weights_fed(with_zeros(copy, shapes), {name + SUFFIX for name in shapes})
     sums = {layer.name: np.zeros((len(layer.bias), len(layer.bias))) for layer in layers}

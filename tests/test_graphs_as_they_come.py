@@ -404,3 +404,77 @@ def test_a_model_with_all_layers_in_bodies_is_refused_before_its_data_are_read()
         body.initializer.append(numpy_helper.from_array(np.ones((16, 32), np.float32), name))
     with pytest.raises(ModelError, match=r"no layer can be factorized: inside the body of If"):
         onnxneutrino.compress(model, data="missing.npz", delta=1.0)
+
+
+MIDDLES = {
+    "QuickGelu": [helper.make_node("QuickGelu", ["a"], ["b"], "middle", domain="com.microsoft", alpha=1.7)],
+    "If": [
+        helper.make_node("ReduceSum", ["x"], ["total"], "total", keepdims=0),
+        helper.make_node("Less", ["total", "bound"], ["flag"], "flag"),
+        helper.make_node(
+            "If",
+            ["flag"],
+            ["b"],
+            "middle",
+            then_branch=helper.make_graph(
+                [helper.make_node("Relu", ["a"], ["t"], "then")],
+                "then",
+                [],
+                [helper.make_tensor_value_info("t", TensorProto.FLOAT, None)],
+            ),
+            else_branch=helper.make_graph(
+                [helper.make_node("Identity", ["a"], ["e"], "else")],
+                "else",
+                [],
+                [helper.make_tensor_value_info("e", TensorProto.FLOAT, None)],
+            ),
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", MIDDLES)
+def test_layers_before_what_has_no_gradient_learn_the_original(kind: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> TensorProto:
+        left, values, right = np.linalg.svd(rng.standard_normal(shape).reshape(shape[0], -1), full_matrices=False)
+        falling = (left * (values * np.exp(-np.arange(len(values)) / 4))) @ right
+        return numpy_helper.from_array(falling.reshape(shape).astype(np.float32), name)
+
+    nodes = [
+        helper.make_node("Conv", ["x", "w0"], ["a"], "first", pads=[1, 1, 1, 1]),
+        *MIDDLES[kind],
+        helper.make_node("Conv", ["b", "w1"], ["c"], "second", pads=[1, 1, 1, 1]),
+        helper.make_node("GlobalAveragePool", ["c"], ["d"], "pool"),
+        helper.make_node("Flatten", ["d"], ["f"], "flatten"),
+        helper.make_node("Gemm", ["f", "w2"], ["y"], "head", transB=1),
+    ]
+    body = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 8, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 10])],
+        [
+            weight("w0", 32, 8, 3, 3),
+            weight("w1", 32, 32, 3, 3),
+            weight("w2", 10, 32),
+            numpy_helper.from_array(np.float32(1e9).reshape(()), "bound"),
+        ],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(body, opset_imports=opsets, ir_version=8)
+    report = onnxneutrino.compress(
+        model, data="random", metric="agreement", delta=50.0, time_limit=8.0, seed=0, threads=1
+    ).report
+    before, behind = report.blocks
+    assert (before.layers, before.how, before.learns, before.ended_by) == (
+        ("first",),
+        "reconstruction",
+        ("a",),
+        (kind,),
+    )
+    assert (behind.layers, behind.how) == (("second", "head"), "end to end")
+    assert report.training
+    assert report.compressed
+    assert not [warning for warning in report.warnings if "not fine-tuned" in warning or "gradient" in warning]
