@@ -9,11 +9,11 @@ reconstruction: Li et al. 2021, "BRECQ", without its quantization).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onnx import ModelProto
 
-from onnxneutrino.differentiable import carries_gradient, has_gradient
+from onnxneutrino.differentiable import carries_gradient, differentiated, has_gradient
 from onnxneutrino.walk import consumers, reads
 
 
@@ -30,7 +30,7 @@ class Cut:
 
     fed: tuple[str, ...] = ()
     learned: tuple[str, ...] = ()
-    faults: Mapping[str, str] | None = None
+    faults: Mapping[str, str] = field(default_factory=dict)
     ends: tuple[str, ...] = ()
 
 
@@ -60,18 +60,15 @@ def cut_at_faults(
         model: training copy.
         trainable: names of its initializers that are trained.
         outputs: tensors that the loss reads.
-        faulty: operators that count as having no gradient whatever the list of finetune says.
+        faulty: operators that count as having no gradient whatever is known of them.
     """
-    needed = _needed(model, outputs)
     reached = _reached(model, trainable)
     fed: dict[str, None] = {}
     before: dict[str, str] = {}
-    for node in model.graph.node:
-        bad = node.op_type in faulty or not has_gradient(node)
-        if not bad or needed.isdisjoint(node.output) or reached.isdisjoint(reads(node)):
-            continue
-        fed.update(dict.fromkeys(name for name in node.output if name))
-        before.update({name: node.op_type for name in reads(node) if name in reached})
+    for node in differentiated(model, trainable, outputs):
+        if node.op_type in faulty or not has_gradient(node):
+            fed.update(dict.fromkeys(name for name in node.output if name))
+            before.update({name: node.op_type for name in reads(node) if name in reached})
     reached = _reached(model, trainable, fed)
     stored = {tensor.name for tensor in model.graph.initializer}
     learned = [name for name in before if name in reached and name not in stored and name not in fed]
@@ -154,13 +151,12 @@ def blocks(
     for layer, names in layers.items():
         learns = tuple(target for target in targets if not upstream[target].isdisjoint(names))
         grouped.setdefault(learns, []).append(layer)
-    faults = cut.faults or {}
     return [
         Block(
             tuple(members),
             learns,
             not set(learns) & set(cut.ends),
-            tuple(sorted({faults[name] for name in learns if name in faults})),
+            tuple(sorted({cut.faults[name] for name in learns if name in cut.faults})),
         )
         for learns, members in grouped.items()
         if learns

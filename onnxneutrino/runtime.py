@@ -51,15 +51,16 @@ class Runner:
         options = session_options(threads, spinning)
         # A stock session keeps the memory of its largest run; here many stand at once.
         options.enable_cpu_mem_arena = spinning
-        faulty = _faulty_optimizers(model)
+        given = _read(model) if isinstance(model, Path) else model
+        faulty = [] if given is None else _faulty_optimizers(given)
         with tempfile.TemporaryDirectory(prefix="onnxneutrino-") as folder:
-            if _is_large(model):
+            if given is not None and data_bytes(given) >= weights.LARGE_MODEL_BYTES:
                 weights.let_go()  # of what other sessions have read
                 # Weights packed for the processor are a second copy of them.
                 options.add_session_config_entry("session.disable_prepacking", "1")
                 if not isinstance(model, Path):
                     model = weights.spilled(model, Path(folder))
-            made = _file(model, outputs) if isinstance(model, Path) else _made(model, outputs)
+            made = _file(model, given, outputs) if isinstance(model, Path) else _made(model, outputs)
             self._mapped = [] if isinstance(made, str) else _shared(made, options)  # the session borrows it
             source = made if isinstance(made, str) else _serialized(made, Path(folder))
             try:
@@ -101,7 +102,15 @@ def session_options(threads: int, spinning: bool = False) -> ort.SessionOptions:
     return options
 
 
-def _faulty_optimizers(model: ModelProto | Path) -> list[str]:
+def _read(path: Path) -> ModelProto | None:
+    """The graph of a file, its external data left where it is; None for no model at all: the runtime says that."""
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception:
+        return None
+
+
+def _faulty_optimizers(model: ModelProto) -> list[str]:
     """Optimizers of the runtime (1.19.2) that would abort the process or make a graph that it then refuses.
 
     ConvActivationFusion asks which explicit input of its reader a Conv feeds, and goes past their end where the
@@ -109,11 +118,6 @@ def _faulty_optimizers(model: ModelProto | Path) -> list[str]:
     LayerNormalization over several axes to a node that takes one axis only. GemmTransposeFusion transposes whatever
     the Transpose behind a Gemm says, and Pad_Fusion gives a pool pads as large as its window, which it refuses.
     """
-    if isinstance(model, Path):
-        try:
-            model = onnx.load(model, load_external_data=False)
-        except Exception:  # no model at all: that is the runtime's to say
-            return []
     faulty = set()
     for graph in graphs(model.graph):
         convs = {name for node in graph.node if node.op_type == "Conv" for name in node.output}
@@ -133,15 +137,6 @@ def _faulty_optimizers(model: ModelProto | Path) -> list[str]:
 
 def _axis(node: onnx.NodeProto) -> int:
     return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), -1)
-
-
-def _is_large(model: ModelProto | Path) -> bool:
-    if isinstance(model, Path):
-        try:
-            model = onnx.load(model, load_external_data=False)
-        except Exception:  # no model at all: that is the runtime's to say
-            return False
-    return data_bytes(model) >= weights.LARGE_MODEL_BYTES
 
 
 def _shared(model: ModelProto, options: ort.SessionOptions) -> list[ort.OrtValue]:
@@ -174,11 +169,9 @@ def _made(model: ModelProto, outputs: Sequence[str] | None) -> ModelProto:
     return capped_ir(brought_down(wanted))
 
 
-def _file(path: Path, outputs: Sequence[str] | None) -> str | ModelProto:
+def _file(path: Path, model: ModelProto | None, outputs: Sequence[str] | None) -> str | ModelProto:
     """The path itself, which lets the runtime read external data in place; for what it cannot load, the model."""
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception:  # no model at all: that is the runtime's to say
+    if model is None:
         return os.fspath(path)
     if outputs is None and model.ir_version <= RUNTIME_IR and (opset(model) or 0) <= RUNTIME_OPSET:
         return os.fspath(path)

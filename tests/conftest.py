@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 ROOT = Path(__file__).resolve().parent.parent
 # `python -m pytest` puts the checkout on the path, where onnxneutrino/ lies without its passes.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-sys.path.append(str(Path(__file__).parent))  # steps_drawn.py and graphs_drawn.py, which draw models
+sys.path.append(str(Path(__file__).parent))  # models_drawn.py, graphs_drawn.py and steps_drawn.py, which draw models
 SHARED = ROOT.parent / "shared"
 # As in a run: threads of the linear algebra libraries that wait for each other cost more than they save here.
 threadpool_limits(limits=1, user_api="blas")

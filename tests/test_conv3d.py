@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from models_drawn import build, random
 from numpy.typing import NDArray
-from onnx import ModelProto, numpy_helper, parser
+from onnx import ModelProto
 
 from onnxneutrino import cost
 from onnxneutrino.calibrate import calibrate, outputs_at, patches, sample_positions
@@ -27,19 +28,6 @@ from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Choice, Form, Frozen, Layer
 from onnxneutrino.runtime import Runner
 from onnxneutrino.training_copy import training_copy
-
-
-def random(*shape: int, seed: int = 0) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def build(body: str, inputs: str, **weights: NDArray) -> ModelProto:
-    """A model of ONNX text whose output has the inferred shape and whose initializers are `weights`."""
-    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 13]> g ({inputs}) => (float y) {{ {body} }}')
-    model.graph.output[0].type.tensor_type.ClearField("shape")
-    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
-    model.graph.output[0].CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True).graph.output[0])
-    return model
 
 
 def found(model: ModelProto) -> list[Layer | Frozen]:

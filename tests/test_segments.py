@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from onnx import ModelProto, numpy_helper
-from onnx.parser import parse_model
+from models_drawn import drawn
 
 from onnxneutrino.errors import ModelError
 from onnxneutrino.graph import tensor_types
@@ -17,7 +16,6 @@ from onnxneutrino.runtime import Runner
 from onnxneutrino.segments import between, resting_places
 
 NET = """
-    <ir_version: 8, opset_import: ["" : 17]>
     net (float[N,16,6,6] x) => (float[N,8] y)
     <float[16,16,3,3] w0, float[16,16,3,3] w1, float[16,16,3,3] w2, float[16,16,1,1] w3, float[576,8] w4>
     {
@@ -31,19 +29,7 @@ NET = """
 """
 
 
-def net() -> ModelProto:
-    model = parse_model(NET)
-    rng = np.random.default_rng(0)
-    for value in model.graph.value_info:
-        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape, np.float32), value.name))
-    del model.graph.value_info[:]
-    for index, node in enumerate(model.graph.node):
-        node.name = node.name or f"{node.op_type}_{index}"
-    return model
-
-
-MODEL = net()
+MODEL = drawn(NET)
 TYPES = tensor_types(MODEL, {"x": (1, 16, 6, 6)})
 LAYERS = [layer for layer in find_layers(MODEL, TYPES) if isinstance(layer, Layer)]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from models_drawn import drawn
 from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
-from onnx.parser import parse_model
 
 from onnxneutrino import finetune, passes, selfcheck, training_copy, training_plan
 from onnxneutrino.differentiable import differentiated
@@ -28,19 +28,6 @@ BATCH = 4
 VALUES = Loss("values", ("y",))
 
 
-def drawn(text: str) -> ModelProto:
-    model = parse_model('<ir_version: 8, opset_import: ["" : 17]>' + text)
-    rng = np.random.default_rng(0)
-    for value in model.graph.value_info:
-        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        array = rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
-        model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), value.name))
-    del model.graph.value_info[:]
-    for index, node in enumerate(model.graph.node):
-        node.name = f"{node.op_type}_{index}"
-    return model
-
-
 def conv_net(pads: str, batch: str = str(BATCH), middle: str = "b = Tanh (a)") -> ModelProto:
     return drawn(
         f"""
@@ -51,7 +38,8 @@ def conv_net(pads: str, batch: str = str(BATCH), middle: str = "b = Tanh (a)") -
             c = Conv <{pads}, strides = [2,2]> (b, w1)  d = Tanh (c)
             g = GlobalAveragePool (d)  f = Flatten (g)  y = MatMul (f, w2)
         }}
-        """
+        """,
+        scaled=True,
     )
 
 
@@ -146,7 +134,8 @@ def test_a_network_without_any_gradient_is_refused_in_one_line() -> None:
         f"""
         net (float[{BATCH},4,8,8] x) => (float[{BATCH},16] y) <float[256,16] w0, float[16,16] w1>
         {{ f = Flatten (x)  s = MatMul (f, w0)  y = Sign (f2)  }}
-        """.replace("y = Sign (f2)", "t = Sign (s)  y = Identity (t)")
+        """.replace("y = Sign (f2)", "t = Sign (s)  y = Identity (t)"),
+        scaled=True,
     )
     cut = planned(model)
     assert [block.ended_by for block in cut.blocks] == [("Sign",)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from models_drawn import drawn
 from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 from onnx.parser import parse_model
@@ -177,19 +178,6 @@ def test_an_operator_that_cannot_be_converted_is_named() -> None:
 
 
 # --- what can be trained in a copy
-
-
-def drawn(text: str) -> ModelProto:
-    """The model with every declared tensor that has no value drawn at random, nodes named by operator and place."""
-    model = parse_model('<ir_version: 8, opset_import: ["" : 17]>' + text)
-    rng = np.random.default_rng(0)
-    for value in model.graph.value_info:
-        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape, np.float32), value.name))
-    del model.graph.value_info[:]
-    for index, node in enumerate(model.graph.node):
-        node.name = f"{node.op_type}_{index}"
-    return model
 
 
 @pytest.mark.parametrize("operator", ["Sign", "Floor", "Atan"])
