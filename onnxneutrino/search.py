@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from onnxneutrino.allocate import Option, allocate
-from onnxneutrino.anneal import anneal
+from onnxneutrino.allocate import Option
 from onnxneutrino.metrics import Drop
 
 FIRST_RATIO = 1.5
@@ -28,8 +27,6 @@ NOISE = 0.05
 RECOVERY = 0.3
 AIM = 0.9
 LARGEST_STEP = 1.5
-WEIGHTINGS = (0.5, 0.0, 1.0)
-LADDER_WEIGHTINGS = (0.5,)
 PLAN_SHARE = 0.05
 SWAP_SHARE = 0.5
 SHARES = {1: (0.15, 0.50), 2: (0.15, 0.23, 0.40)}
@@ -71,20 +68,17 @@ class Bench(Protocol):
     def full_cost(self) -> float:
         """Cost of the original network."""
 
-    def options(self, source: Candidate | None) -> tuple[Mapping[str, Sequence[Option]], float]:
-        """Options of every layer, loss = relative output error, and the cost of all the rest.
+    @property
+    def least_cost(self) -> float:
+        """Cost of the smallest network there is."""
+
+    def propose(
+        self, source: Candidate | None, cost: float, name: str, seconds: float = 0.0, swap: bool = False
+    ) -> Candidate:
+        """The refitted, untrained network of at most `cost`: see `proposals.propose`.
 
         From the original for None, else from the trained chains of `source`, forms frozen.
         """
-
-    def sensitivities(self, source: Candidate | None) -> Mapping[str, float]:
-        """Divergence at the output per unit of a layer's relative error."""
-
-    def realize(self, source: Candidate | None, choices: Mapping[str, Option], name: str) -> Candidate:
-        """The refitted, untrained network of a plan."""
-
-    def challenged(self, choices: Mapping[str, Option]) -> Mapping[str, Option]:
-        """The same plan with layers swapped to a form of equal cost that is dear to compute, where better."""
 
     def measured(self, candidate: Candidate) -> Candidate:
         """With its drop on the deciding images."""
@@ -155,11 +149,8 @@ def search(
     shares = SHARES[settings.stage]
     ladder = Ladder.of(bench.full_cost, plans, settings.delta)
     explore = min(max(ladder.cost(EXPLORE_DROP * settings.delta), plans[-1].cost), bench.full_cost / FINEST_RATIO)
-    first = _proposal(bench, settings, explore, None, "stage 1, plan", time_left)
-    challenged = bench.challenged(first.choices) if time_left() > SWAP_SHARE * settings.time_limit else first.choices
-    if challenged != first.choices:
-        other = bench.realize(None, challenged, "stage 1, forms swapped")
-        first = other if other.divergence < first.divergence else first
+    swap = time_left() > SWAP_SHARE * settings.time_limit
+    first = bench.propose(None, explore, "stage 1, plan", PLAN_SHARE * time_left(), swap)
     first_share = shares[0] * settings.time_limit
     if _train(bench, first, first_share, time_left, record, "stage 1, first fine-tune", 1) is None:
         _narrow(bench, settings, time_left, record, plans)
@@ -175,15 +166,13 @@ def _ladder(
 ) -> list[Candidate]:
     """Untrained plans of falling cost, until one has lost far more than training could bring back."""
     ladder: list[Candidate] = []
-    options, rest = bench.options(None)
-    bench.sensitivities(None)
+    floor = bench.least_cost
     allowed = time_left() - LADDER_SHARE * settings.time_limit
-    floor = rest + sum(min(option.cost for option in own) for own in options.values())
     ratio = FIRST_RATIO
     for _ in range(LADDER_STEPS):
         cost = max(bench.full_cost / ratio, floor)
         name = f"stage 1, ladder {bench.full_cost / cost:.1f}x"
-        plan = _proposal(bench, settings, cost, None, name, time_left, weightings=LADDER_WEIGHTINGS)
+        plan = bench.propose(None, cost, name)
         if ladder and plan.cost >= ladder[-1].cost:
             break
         candidate = record(bench.measured(plan))
@@ -207,7 +196,7 @@ def _narrow(
     bad = max((c.cost for c in ladder if not accepted(c, settings) and c.cost < good), default=None)
     while bad is not None and good / bad > FINEST_RATIO and time_left() > 0:
         cost = math.sqrt(good * bad)
-        plan = _proposal(bench, settings, cost, None, f"stage 1, {bench.full_cost / cost:.1f}x", time_left)
+        plan = bench.propose(None, cost, f"stage 1, {bench.full_cost / cost:.1f}x", PLAN_SHARE * time_left())
         candidate = record(bench.measured(plan))
         if not bad < candidate.cost < good:
             break
@@ -215,44 +204,6 @@ def _narrow(
             good = candidate.cost
         else:
             bad = candidate.cost
-
-
-def _proposal(
-    bench: Bench,
-    settings: Settings,
-    cost: float,
-    source: Candidate | None,
-    name: str,
-    time_left: Callable[[], float],
-    weightings: Sequence[float] = WEIGHTINGS,
-) -> Candidate:
-    """The plan of at most `cost` that diverges least from the original, among a few surrogates.
-
-    No surrogate is calibrated, so plans from several weightings of the layers' relative errors (sensitivity to
-    the power 0, 1/2, 1) are finished and scored by the whole network's divergence.
-    """
-    options, rest = bench.options(source)
-    weights = bench.sensitivities(source)
-    own_options = {layer: {option.choice: option for option in own} for layer, own in options.items()}
-    plans: list[dict[str, Option]] = []
-    for power in weightings:
-        weighted = {
-            layer: [dataclasses.replace(o, loss=o.loss * weights[layer] ** power) for o in own]
-            for layer, own in options.items()
-        }
-        chosen = allocate(weighted, cost - rest)
-        if source is not None:
-            chosen = anneal(weighted, chosen, cost - rest, settings.seed)
-        # The bench's own options again: a loss in a plan is an error, whatever weighed it here.
-        plan = {layer: own_options[layer][option.choice] for layer, option in chosen.items()}
-        if plan not in plans:
-            plans.append(plan)
-    made = [bench.realize(source, plans[0], name)]
-    for plan in plans[1:]:
-        if made[-1].seconds > PLAN_SHARE * time_left():
-            break
-        made.append(bench.realize(source, plan, name))
-    return min(made, key=lambda candidate: candidate.divergence)
 
 
 def _train(
@@ -341,7 +292,7 @@ def _descend(
         if source is not None and cost >= source.cost:
             plan = source
         else:
-            plan = _proposal(bench, settings, cost, source, name, time_left)
+            plan = bench.propose(source, cost, name, PLAN_SHARE * time_left())
         if _train(bench, plan, seconds, time_left, record, name, settings.stage) is None:
             return
 

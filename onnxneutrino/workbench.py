@@ -32,6 +32,7 @@ from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Layer
 from onnxneutrino.prepare import evaluate
 from onnxneutrino.probe import PROBE_IMAGES, Probe, by_name, divergence, features_at, probe_batches, take_probe
+from onnxneutrino.proposals import least_cost, propose
 from onnxneutrino.refit import refit
 from onnxneutrino.runtime import Runner
 from onnxneutrino.search import Candidate
@@ -178,6 +179,17 @@ class Workbench:
             found = pool.map(lambda name: self._original[name].challenger(choices[name]), choices)
             return dict(zip(choices, found, strict=True))
 
+    @property
+    def least_cost(self) -> float:
+        """Cost of the smallest network there is."""
+        return least_cost(self)
+
+    def propose(
+        self, source: Candidate | None, cost: float, name: str, seconds: float = 0.0, swap: bool = False
+    ) -> Candidate:
+        """The plan of at most `cost` that diverges least from the original."""
+        return propose(self, source, cost, name, seconds, swap, self.task.seed)
+
     # --- networks -------------------------------------------------------------------------------------------
 
     def realize(self, source: Candidate | None, choices: Mapping[str, Option], name: str) -> Candidate:
@@ -236,9 +248,8 @@ class Workbench:
         run = Runner(build(task, network, batched=True), task.loss.outputs, threads=task.threads)
         return divergence(task.loss, self.probe.outputs, [run(batch) for batch in self.probe.batches])
 
-    def sensitivities(self, source: Candidate | None) -> Mapping[str, float]:
+    def sensitivities(self) -> Mapping[str, float]:
         """See `sensitivity`; measured on the original and kept: a trained network stays close enough to it."""
-        del source
         if not self._sensitivities:
             batch = None if self._keep is not None else self.probe.batches[0]
             self._sensitivities = measured_sensitivities(self.task, self._original, self._places, batch, self._tell)

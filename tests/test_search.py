@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from onnxneutrino.allocate import Option
 from onnxneutrino.metrics import Drop
 from onnxneutrino.plan import Choice
+from onnxneutrino.proposals import least_cost, propose
 from onnxneutrino.search import (
     AIM,
     FINEST_RATIO,
@@ -95,7 +96,16 @@ class FakeBench:
             found[name] = own
         return found, self.rest
 
-    def sensitivities(self, source: Candidate | None) -> Mapping[str, float]:
+    @property
+    def least_cost(self) -> float:
+        return least_cost(self)
+
+    def propose(
+        self, source: Candidate | None, cost: float, name: str, seconds: float = 0.0, swap: bool = False
+    ) -> Candidate:
+        return propose(self, source, cost, name, seconds, swap, 0)
+
+    def sensitivities(self) -> Mapping[str, float]:
         return {f"layer{layer}": self.weight(layer) for layer in range(self.layers)}
 
     def weight(self, layer: int) -> float:

@@ -37,7 +37,7 @@ TIERS = (
     ("passes.*",),
     ("passes",),
     ("calibrate", "layer_options", "refit", "search", "finetune", "normalize"),
-    ("blocks",),
+    ("blocks", "proposals"),
     ("segments",),
     ("training_copy", "prepare", "probe", "teaching", "gradcheck"),
     ("selfcheck", "curvature"),
