@@ -30,7 +30,7 @@ from onnx import ModelProto
 from onnxneutrino.differentiable import untrainable
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.graph import RUNTIME_IR, element_dtype
-from onnxneutrino.losses import Loss, loss_inputs, with_loss
+from onnxneutrino.losses import Loss, least_loss, loss_inputs, with_loss
 from onnxneutrino.runtime import session_options
 
 Arrays = dict[str, NDArray[Any]]
@@ -117,6 +117,7 @@ class Trainer:
         self._feeds = dict(zip(feeds, map(_dtype, graph_model.graph.input), strict=True))
         self.batch = int(graph_model.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
         self.trainable = consumed(graph_model, trainable)
+        self._gradients: list[NDArray[Any]] = []
         try:
             self._module, self._optimizer, self._state = _artifacts(
                 graph_model, self.trainable, Path(self._folder.name), threads
@@ -133,22 +134,27 @@ class Trainer:
         self._folder.cleanup()
 
     def step(self, example: Example, rate: float) -> float:
-        """One AdamW step; the loss before it.
+        """One AdamW step on the clipped gradients.
+
+        Returns:
+            The loss before it, less the entropy of the teacher's probabilities, which no student gets below.
 
         Raises:
             TrainingError: the loss is not finite.
         """
-        self._optimizer.set_learning_rate(rate)
-        loss = float(np.asarray(self._module(*self._inputs(example))).reshape(-1)[0])
+        given = loss_inputs(self.loss, example.teacher, example.labels)
+        loss = self._run(example, given)
         if not math.isfinite(loss):
             raise TrainingError(f"the training loss became {loss}; lower the learning rate or check the data")
+        self._clip()
+        self._optimizer.set_learning_rate(rate)
         self._optimizer.step()
         self._module.lazy_reset_grad()
-        return loss
+        return loss - least_loss(self.loss, given)
 
     def gradients(self, example: Example) -> Arrays:
         """Gradients of the loss by initializer name, for one batch; nothing is updated."""
-        self._module(*self._inputs(example))
+        self._run(example, loss_inputs(self.loss, example.teacher, example.labels))
         found = {name: np.array(self._state.parameters[name].grad) for name in self.trainable}
         self._module.lazy_reset_grad()
         return found
@@ -157,10 +163,22 @@ class Trainer:
         """The trainable initializers as they are now."""
         return {name: np.array(self._state.parameters[name].data) for name in self.trainable}
 
-    def _inputs(self, example: Example) -> list[NDArray[Any]]:
-        values: Arrays = dict(example.inputs)
-        values.update(loss_inputs(self.loss, example.teacher, example.labels))
-        return [np.ascontiguousarray(values[name], dtype) for name, dtype in self._feeds.items()]
+    def _run(self, example: Example, given: Mapping[str, NDArray[Any]]) -> float:
+        values = {**example.inputs, **given}
+        feeds = [np.ascontiguousarray(values[name], dtype) for name, dtype in self._feeds.items()]
+        return float(np.asarray(self._module(*feeds)).reshape(-1)[0])
+
+    def _clip(self) -> None:
+        """Scale the gradients to a norm of at most 1 (Pascanu et al. 2013).
+
+        The runtime's own clipping sums in no fixed order, so that no run could be repeated bit for bit.
+        """
+        if not self._gradients:  # the buffers come with the first gradients, and stay where they are
+            self._gradients = [self._state.parameters[name]._parameter.grad.numpy() for name in self.trainable]
+        norm = math.sqrt(math.fsum(float(np.vdot(own, own)) for own in self._gradients))
+        if norm > MAX_GRADIENT_NORM:
+            for own in self._gradients:
+                own *= np.float32(MAX_GRADIENT_NORM / norm)
 
 
 def _dtype(value: onnx.ValueInfoProto) -> np.dtype[Any]:
@@ -206,7 +224,7 @@ def _artifacts(model: ModelProto, trainable: Sequence[str], folder: Path, thread
             model,
             requires_grad=list(trainable),
             loss=None,
-            optimizer=onnxblock.optim.AdamW(clip_grad=onnxblock.optim.ClipGradNorm(MAX_GRADIENT_NORM)),
+            optimizer=onnxblock.optim.AdamW(),
             artifact_directory=str(folder),
         )
     for name in ("training_model.onnx", "optimizer_model.onnx"):

@@ -9,7 +9,7 @@ taken from the teacher instead of being computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from onnxneutrino.graph import capped_ir, drop_unused, inferred, replace_uses
 from onnxneutrino.plan import Array
 
 PREFIX = "onnxneutrino/"
+TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,20 @@ def loss_inputs(loss: Loss, teacher: Sequence[NDArray[Any]], labels: NDArray[Any
     if labels is not None:
         hard[np.arange(len(labels)), labels] = weight
     return {**given, f"{PREFIX}soft": soft, f"{PREFIX}hard": hard}
+
+
+def least_loss(loss: Loss, given: Mapping[str, NDArray[Any]]) -> float:
+    """What of the loss no student can learn away: the entropy of the teacher's probabilities, in its units.
+
+    Args:
+        loss: what is learned.
+        given: values of `loss_inputs`.
+    """
+    if f"{PREFIX}soft" not in given:
+        return 0.0
+    soft = given[f"{PREFIX}soft"].astype(np.float64)
+    shares = soft / np.maximum(soft.sum(axis=-1, keepdims=True), TINY)
+    return float(-np.sum(soft * np.log(np.maximum(shares, TINY))) / len(soft))
 
 
 def rows(logits: NDArray[Any]) -> Array:

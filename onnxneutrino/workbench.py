@@ -23,7 +23,7 @@ from onnxneutrino.allocate import Option
 from onnxneutrino.calibrate import calibrate, images_needed, in_place
 from onnxneutrino.data import Split
 from onnxneutrino.errors import TrainingError
-from onnxneutrino.factors import Moments
+from onnxneutrino.factors import Moments, balanced
 from onnxneutrino.groups import GroupTraining, grouped
 from onnxneutrino.large import GROUP_BYTES, calibration_rows, is_large, probe_rows
 from onnxneutrino.layer_options import LayerOptions, chains, kept_factors
@@ -272,6 +272,9 @@ class Workbench:
         start = time.perf_counter()
         task, network = self.task, candidate.network
         assert task.training is not None
+        if self._keep is None:
+            even = {layer: balanced(own) for layer, own in network.factors.items()}
+            network = dataclasses.replace(network, factors=even)
         loss, graph = task.training.loss, build(task, network, batched=True)
         names = list(trainable_names(task, network, graph))
         labels = task.labels and loss.label_weight > 0
@@ -318,8 +321,8 @@ class Workbench:
                 float(np.mean(result.losses[-count:])),
             )
         )
-        better = self._better(network, self._mended(self._learned(network, result.arrays), name))
-        if better is network:
+        better = self._better(candidate.network, self._mended(self._learned(network, result.arrays), name))
+        if better is candidate.network:
             self.warnings.append(f"{name}: the metric fell; the weights before it were kept")
         return dataclasses.replace(
             candidate,

@@ -212,7 +212,7 @@ def test_divergence_is_zero_for_the_original_and_grows_with_the_error(bench: Wor
 
 
 def test_sensitivities_are_positive_for_every_layer_and_rank_them(bench: Workbench) -> None:
-    found = bench.sensitivities(None)
+    found = bench.sensitivities()
     assert list(found) == [layer.name for layer in bench.task.layers]
     assert all(value > 0 and np.isfinite(value) for value in found.values())
     for name, own in bench._original.items():
