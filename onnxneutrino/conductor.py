@@ -18,12 +18,13 @@ from threadpoolctl import threadpool_limits
 
 from onnxneutrino import cost, large, metrics, prepare
 from onnxneutrino.candidates import whole_point
+from onnxneutrino.chain_latency import LatencyTable, measure
 from onnxneutrino.config import Config
 from onnxneutrino.data import Dataset, Deciding, Inputs, deciding
 from onnxneutrino.errors import ModelError, OutputError, TrainingError
 from onnxneutrino.formats import format_metric
 from onnxneutrino.graph import TensorType, check, check_writable, load, save
-from onnxneutrino.layer_options import cost_unit
+from onnxneutrino.layer_options import Objective, cost_unit
 from onnxneutrino.normalize import normalize
 from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Frozen, Layer
@@ -38,6 +39,7 @@ from onnxneutrino.workbench import Workbench
 
 Tell = Callable[[Event], None]
 CALIBRATION_SHARE = 0.1
+LATENCY_SHARE = 0.03
 SAMPLES = 3
 VERIFICATIONS = 3
 VERIFY_SECONDS = 5.0
@@ -162,8 +164,8 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
 
     candidates = search(bench, settings, lambda: clock.left - reserve, note)
     clock.phase("verify")
-    warnings.extend(bench.warnings)
-    if settings.train and not (config.dry_run or bench.fine_tunes or bench.warnings):
+    warnings.extend(bench.tuner.warnings)
+    if settings.train and not (config.dry_run or bench.tuner.fine_tunes or bench.tuner.warnings):
         warnings.append(f"no network was fine-tuned: --time-limit {config.time_limit:g}s left no time; give more")
     chosen = choose(candidates, settings, task, rows, judges, warnings)
     report = make_report(
@@ -176,7 +178,7 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
         rows,
         size_bytes,
         tuple(tried),
-        bench.fine_tunes,
+        bench.tuner.fine_tunes,
         tuple(warnings),
     )
     clock.phase("")
@@ -230,7 +232,11 @@ def make_task(
         original_rows = rows[judges.select_rows]
     else:
         original_rows = prepare.evaluate(marked.batched, judges.select, metric, batch, config.threads, marked.batched)
-    whole = sum(whole_cost(layer, config.objective) for layer in marked.layers)
+    objective: Objective = config.objective
+    if objective == "latency":
+        example, seconds = prepare.first_examples(judges.select, 1)[0], LATENCY_SHARE * config.time_limit
+        objective = measure(marked.model, marked.layers, example, config.threads, seconds)
+    whole = sum(whole_cost(layer, objective) for layer in marked.layers)
     return Task(
         model=marked.model,
         batched=marked.batched,
@@ -243,8 +249,8 @@ def make_task(
         stop=dataset.stop,
         select=judges.select,
         original_rows=original_rows,
-        objective=config.objective,
-        rest=total_cost(marked.model, marked.types, config.objective) - whole,
+        objective=objective,
+        rest=total_cost(marked.model, marked.types, objective) - whole,
         batch=min(prepare.training_batch(marked.model, marked.types), len(dataset.train)) if marked.freed else 1,
         evaluation_batch=batch,
         threads=config.threads,
@@ -275,18 +281,20 @@ def with_training(task: Task, config: Config, warnings: list[str]) -> Task:
     return dataclasses.replace(task, training=plan)
 
 
-def whole_cost(layer: Layer, objective: str) -> float:
+def whole_cost(layer: Layer, objective: Objective) -> float:
     """Cost of a layer as it is, in the unit of the objective."""
     return cost_unit(layer, objective)(whole_point(layer))
 
 
-def total_cost(model: ModelProto, types: Mapping[str, TensorType], objective: str) -> float:
+def total_cost(model: ModelProto, types: Mapping[str, TensorType], objective: Objective) -> float:
     """Cost of a whole graph, in the unit that `cost_unit` counts layers in."""
+    if isinstance(objective, LatencyTable):
+        return objective.total
     if objective == "size":
         return float(stored_bytes(model))
     if objective == "memory":
         return float(cost.memory_bytes(model, types))
-    if objective in ("macs", "latency"):
+    if objective == "macs":
         return float(cost.macs(model, types))
     return float(cost.params(model))
 

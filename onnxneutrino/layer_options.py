@@ -7,13 +7,23 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
 from onnxneutrino import weights
 from onnxneutrino.allocate import Option
-from onnxneutrino.candidates import Point, candidates, cp_challenger, options, point, spread, whole_point
+from onnxneutrino.candidates import (
+    Point,
+    candidates,
+    cp_challenger,
+    fast_ranks,
+    options,
+    point,
+    spread,
+    whole_point,
+)
+from onnxneutrino.chain_latency import LatencyTable
 from onnxneutrino.factor_channel import OutputProjection
 from onnxneutrino.factor_fit import Decomposition
 from onnxneutrino.factors import Factors, Moments
@@ -22,21 +32,24 @@ from onnxneutrino.passes.factorize import read_factors, stage_arrays
 from onnxneutrino.plan import Array, Choice, Form, Layer
 
 Keep = Callable[[NDArray[Any]], NDArray[Any]]
+Objective: TypeAlias = str | LatencyTable  # for `latency` the times themselves
 PAIR_STEPS = 12
 STEPS = 24
 CP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
-def cost_unit(layer: Layer, objective: str) -> Callable[[Point], float]:
-    """How the objective counts a layer: elements, bytes, or multiply-accumulates.
+def cost_unit(layer: Layer, objective: Objective) -> Callable[[Point], float]:
+    """How the objective counts a layer: elements, bytes, multiply-accumulates, or the ms that were measured.
 
-    `size` and `memory` count bytes of weights; `latency` counts multiply-accumulates, a stand-in: what a model
-    really takes is measured when it is finished.
+    `size` and `memory` count bytes of weights.
     """
+    if isinstance(objective, LatencyTable):
+        times = objective.layers[layer.name]
+        return lambda own: times.ms(own.choice)
     if objective in ("size", "memory"):
         width = 2 if layer.half else 4
         return lambda own: float(width * own.params)
-    if objective in ("macs", "latency"):
+    if objective == "macs":
         return lambda own: float(own.macs)
     return lambda own: float(own.params)
 
@@ -48,7 +61,7 @@ class LayerOptions:
         self,
         layer: Layer,
         moments: Moments,
-        objective: str,
+        objective: Objective,
         current: Factors | None = None,
         weighting: Array | None = None,
         keep: Keep | None = None,
@@ -67,6 +80,7 @@ class LayerOptions:
         self.layer = layer
         self.current = current
         self._unit = cost_unit(layer, objective)
+        self._measured = self._unit if isinstance(objective, LatencyTable) else None
         self._moments = moments
         self._weighting = weighting
         self._keep = keep
@@ -95,7 +109,9 @@ class LayerOptions:
     @cached_property
     def options(self) -> list[Option]:
         """Options, cheapest and worst first; the loss is the relative output error."""
-        points = candidates(self.layer, self.fits) if self.current is None else self._smaller(self.current)
+        points = (
+            candidates(self.layer, self.fits, self._measured) if self.current is None else self._smaller(self.current)
+        )
         self._highest = max((own.choice.ranks[0] for own in points if own.choice is not None), default=0)
         self._release()
         return options(tuple(points), self._unit)
@@ -117,14 +133,15 @@ class LayerOptions:
         """The trained chain as it is, and truncations of its product."""
         form = current.form
         grid: list[tuple[int, ...]]
+        steps = spread if self._measured is None else fast_ranks
         if form == "cp":
             grid = [(max(1, int(share * current.ranks[0])),) for share in CP_SHARES]
         elif form == "tucker2":
-            first, second = (spread(rank, PAIR_STEPS) for rank in current.ranks)
+            first, second = (steps(rank, PAIR_STEPS) for rank in current.ranks)
             taps = math.prod(self.layer.weight.shape[2:])
             grid = [(r1, r2) for r1 in first for r2 in second if r2 <= r1 * taps]
         else:
-            grid = [(rank,) for rank in spread(current.ranks[0], STEPS)]
+            grid = [(rank,) for rank in steps(current.ranks[0], STEPS)]
         limit = self.fits[form].limit
         grid = [
             ranks

@@ -1,20 +1,21 @@
 """Which network to try at a given cost: form and rank of all layers at once, re-scored by what the whole puts out.
 
-No surrogate is calibrated, so plans from several weightings of the layers' errors are finished (factors and refit)
-and the one whose outputs diverge least from the original's is taken.
+The loss of a layer's option is predicted from its relative error and from the divergence at the output that this error
+alone was measured to cause. Errors interact, so that no prediction is calibrated: plans from a few means of the two
+are finished (factors and refit), and the one whose outputs diverge least from the original's is taken.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from onnxneutrino.allocate import Option, allocate
 from onnxneutrino.anneal import anneal
 from onnxneutrino.search import Candidate
 
-WEIGHTINGS = (0.5, 0.0, 1.0)
+POWERS = (0.5, 0.0, 1.0)
 
 
 class Planner(Protocol):
@@ -26,8 +27,8 @@ class Planner(Protocol):
         From the original for None, else from the trained chains of `source`, forms frozen.
         """
 
-    def sensitivities(self) -> Mapping[str, float]:
-        """Divergence at the output per unit of a layer's relative error."""
+    def sensitivities(self) -> Mapping[str, Callable[[float], float]]:
+        """Divergence at the output over a layer's relative error."""
 
     def realize(self, source: Candidate | None, choices: Mapping[str, Option], name: str) -> Candidate:
         """The refitted, untrained network of a plan."""
@@ -40,6 +41,11 @@ def least_cost(planner: Planner) -> float:
     """Cost of the smallest plan there is."""
     options, rest = planner.options(None)
     return rest + sum(min(option.cost for option in own) for own in options.values())
+
+
+def predicted(error: float, curve: Callable[[float], float], power: float) -> float:
+    """Loss of an option: geometric mean of its error and of the divergence this causes, the latter's weight `power`."""
+    return error ** (1 - power) * curve(error) ** power if error > 0 else 0.0
 
 
 def propose(
@@ -57,12 +63,12 @@ def propose(
         seed: of the annealing.
     """
     options, rest = planner.options(source)
-    weights = planner.sensitivities()
+    curves = planner.sensitivities()
     own_options = {layer: {option.choice: option for option in own} for layer, own in options.items()}
     plans: list[dict[str, Option]] = []
-    for power in WEIGHTINGS:
+    for power in POWERS:
         weighted = {
-            layer: [dataclasses.replace(o, loss=o.loss * weights[layer] ** power) for o in own]
+            layer: [dataclasses.replace(o, loss=predicted(o.loss, curves[layer], power)) for o in own]
             for layer, own in options.items()
         }
         chosen = allocate(weighted, cost - rest)

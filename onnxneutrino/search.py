@@ -3,7 +3,8 @@
 Stage 1 (exploration): a ladder of plans along the cost, refitted but untrained, shows how fast the network
 gives way; one short fine-tune of a plan whose untrained drop is about two delta tells how much training
 recovers. Stage 2 (annealing): from the trained weights, smaller plans are settled on the surrogate and by the
-divergence from the original, and only those are trained. (Deeplite Neutrino, AAAI 2021, section 3.)
+divergence from the original, and only those are trained; what is then left of delta is spent on truncations.
+(Deeplite Neutrino, AAAI 2021, section 3.)
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ EXPLORE_DROP = 2.0
 NOISE = 0.05
 RECOVERY = 0.3
 AIM = 0.9
-LARGEST_STEP = 1.5
+LARGEST_STEP = 2.5
+KIND_STEP = 1.5
+HOPELESS = 3.0
+SPENT = 0.8
+LARGEST_TRIM = 1.25
 PLAN_SHARE = 0.05
 SWAP_SHARE = 0.5
 SHARES = {1: (0.15, 0.50), 2: (0.15, 0.23, 0.40)}
@@ -83,8 +88,11 @@ class Bench(Protocol):
     def measured(self, candidate: Candidate) -> Candidate:
         """With its drop on the deciding images."""
 
-    def trained(self, candidate: Candidate, seconds: float, name: str) -> Candidate | None:
-        """Fine-tuned for `seconds`; None when training failed."""
+    def trained(self, candidate: Candidate, seconds: float, name: str, hopeless: float = math.inf) -> Candidate | None:
+        """Fine-tuned for `seconds`; None when training failed.
+
+        Half of the time will do where the drop is above `hopeless` by then.
+        """
 
 
 @dataclass(frozen=True)
@@ -112,8 +120,13 @@ class Settings:
 
 def accepted(candidate: Candidate, settings: Settings) -> bool:
     """`drop + z · standard error <= delta` on the deciding images (design 3.11)."""
+    return upper(candidate, settings) <= settings.delta
+
+
+def upper(candidate: Candidate, settings: Settings) -> float:
+    """Upper bound of the drop on the deciding images, `drop + z · standard error`; infinite while not measured."""
     drop = candidate.drop
-    return drop is not None and drop.value + settings.z * drop.standard_error <= settings.delta
+    return math.inf if drop is None else drop.value + settings.z * drop.standard_error
 
 
 def search(
@@ -152,9 +165,10 @@ def search(
     swap = time_left() > SWAP_SHARE * settings.time_limit
     first = bench.propose(None, explore, "stage 1, plan", PLAN_SHARE * time_left(), swap)
     first_share = shares[0] * settings.time_limit
-    if _train(bench, first, first_share, time_left, record, "stage 1, first fine-tune", 1) is None:
+    if _train(bench, settings, first, first_share, time_left, record, "stage 1, first fine-tune", 1) is None:
         _narrow(bench, settings, time_left, record, plans)
     _descend(bench, settings, shares[1:], time_left, record, tried, ladder)
+    _trim(bench, settings, time_left, record, tried)
     return tried
 
 
@@ -208,6 +222,7 @@ def _narrow(
 
 def _train(
     bench: Bench,
+    settings: Settings,
     candidate: Candidate,
     seconds: float,
     time_left: Callable[[], float],
@@ -218,7 +233,7 @@ def _train(
     seconds = min(seconds, time_left())
     if seconds <= 0:
         return None
-    result = bench.trained(candidate, seconds, name)
+    result = bench.trained(candidate, seconds, name, HOPELESS * settings.delta)
     if result is None:
         return None
     return record(bench.measured(dataclasses.replace(result, stage=stage)))
@@ -293,8 +308,37 @@ def _descend(
             plan = source
         else:
             plan = bench.propose(source, cost, name, PLAN_SHARE * time_left())
-        if _train(bench, plan, seconds, time_left, record, name, settings.stage) is None:
+            if source is not None and source.cost > KIND_STEP * cost:
+                # So large a step loses much of what training gave: the original may be the better start.
+                afresh = bench.propose(None, cost, name, PLAN_SHARE * time_left())
+                plan = min(plan, afresh, key=lambda candidate: candidate.divergence)
+        if _train(bench, settings, plan, seconds, time_left, record, name, settings.stage) is None:
             return
+
+
+def _trim(
+    bench: Bench,
+    settings: Settings,
+    time_left: Callable[[], float],
+    record: Callable[[Candidate], Candidate],
+    tried: Sequence[Candidate],
+) -> None:
+    """Spend what is left of delta without training: truncate the smallest accepted network, bisecting the cost."""
+    source = min((c for c in tried if accepted(c, settings)), key=lambda c: c.cost, default=None)
+    if source is None or not source.trained:
+        return
+    good, bad = source, source.cost / LARGEST_TRIM
+    while upper(good, settings) < SPENT * settings.delta and good.cost > FINEST_RATIO * bad and time_left() > 0:
+        cost = max(math.sqrt(good.cost * bad), good.cost / LARGEST_TRIM)
+        name = f"stage {settings.stage}, trimmed to {bench.full_cost / cost:.1f}x"
+        candidate = bench.propose(source, cost, name, 0.0)
+        if not bad < candidate.cost < good.cost:
+            return
+        candidate = record(bench.measured(dataclasses.replace(candidate, stage=settings.stage)))
+        if accepted(candidate, settings):
+            good = candidate
+        else:
+            bad = candidate.cost
 
 
 def next_step(
@@ -305,7 +349,7 @@ def next_step(
     Training leaves a share of the untrained drop, which the ladder knows for every cost: the share that the
     newest candidate shows, falling with the time trained to the power -0.3; a refused candidate that was trained
     on once and refused again shows that time alone does not do. The start is a trained candidate of
-    at least that cost (of that very cost: it is trained on), from which a step down is at most 1.5 times; or
+    at least that cost (of that very cost: it is trained on), from which a step down is at most 2.5 times; or
     the original, where only a larger network than the trained ones will do.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from onnxneutrino.calibrate import Run
 from onnxneutrino.data import Split
 from onnxneutrino.finetune import Example
+from onnxneutrino.losses import rows
 
 
 class Lessons:
@@ -49,3 +51,13 @@ def examples(split: Split, batch: int, seed: int, teacher: Run, labels: bool) ->
             usable = labels and drawn.targets is not None and np.issubdtype(drawn.targets.dtype, np.integer)
             yield Example(drawn.inputs, teacher(drawn.inputs), drawn.targets if usable else None)
         epoch += 1
+
+
+def teacher_error(drawn: Iterator[Example], batches: int) -> float | None:
+    """Share of augmented training images on which the original is wrong; None without labels."""
+    wrong = []
+    for example in itertools.islice(drawn, batches):
+        if example.labels is None:
+            return None
+        wrong.append(np.mean(rows(example.teacher[0]).argmax(axis=-1) != example.labels))
+    return float(np.mean(wrong))

@@ -7,48 +7,36 @@ changes an answer.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from onnx import ModelProto
-
-from onnxneutrino import cost, finetune, metrics
+from onnxneutrino import cost, metrics
 from onnxneutrino.allocate import Option
 from onnxneutrino.calibrate import calibrate, images_needed, in_place
-from onnxneutrino.data import Split
-from onnxneutrino.errors import TrainingError
-from onnxneutrino.factors import Moments, balanced
-from onnxneutrino.groups import GroupTraining, grouped
-from onnxneutrino.large import GROUP_BYTES, calibration_rows, is_large, probe_rows
+from onnxneutrino.factors import Moments
+from onnxneutrino.large import calibration_rows, is_large, probe_rows
 from onnxneutrino.layer_options import LayerOptions, chains, kept_factors
-from onnxneutrino.passes.factorize import last_stage, read_factors, stage_arrays, stage_names
+from onnxneutrino.passes.factorize import last_stage
 from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Layer
-from onnxneutrino.prepare import evaluate
 from onnxneutrino.probe import PROBE_IMAGES, Probe, by_name, divergence, features_at, probe_batches, take_probe
 from onnxneutrino.proposals import least_cost, propose
 from onnxneutrino.refit import refit
 from onnxneutrino.runtime import Runner
 from onnxneutrino.search import Candidate
 from onnxneutrino.segments import between, resting_places
-from onnxneutrino.sensitivity import measured_sensitivities
+from onnxneutrino.sensitivity import Curve, measured_sensitivities
 from onnxneutrino.spool import Spool
-from onnxneutrino.task import FineTune, Network, Task, build, trainable_names
-from onnxneutrino.teaching import Lessons, examples
-from onnxneutrino.training_copy import check_training_copy, training_copy
+from onnxneutrino.task import Network, Task, build
+from onnxneutrino.tuning import Tuner, metric_rows
 from onnxneutrino.weightings import output_weightings
 
 CALIBRATION_BATCH = 32  # the inputs of all layers are in memory at once
 PROBE_MACS = 10**11
-LEARNING_RATE = 1e-3
 TRUNCATION_IMAGES = 4096
-STOP_IMAGES = 1000
 RESTING = 1 << 26  # elements of a tensor that is kept for all probe images
 
 
@@ -71,16 +59,11 @@ class Workbench:
             images: calibration images; None for as many as the layers need.
         """
         self.task = task
-        self.fine_tunes: list[FineTune] = []
-        self.warnings: list[str] = []
         self._tell = tell
         self._layers = {layer.name: layer for layer in task.layers}
         self._teacher = Runner(task.batched, task.loss.outputs, threads=task.threads)
-        own = task.loss if task.training is None else task.training.loss
-        learned = (*own.outputs, *own.reconstructed)
-        alike = learned == task.loss.outputs
-        self._tutor = self._teacher if alike else Runner(task.batched, learned, threads=task.threads)
         self._keep = Spool().keep if is_large(task.layers) else None
+        self.tuner = Tuner(task, self._teacher, self._keep, tell)
         self._rows_wanted, probed = calibration_rows(task.layers), probe_rows(task.layers)
         affordable = PROBE_MACS // max(cost.macs(task.model, task.types), 1)
         most = min(probed, PROBE_IMAGES[1], max(affordable, PROBE_IMAGES[0]))
@@ -108,7 +91,7 @@ class Workbench:
             for layer in task.layers
         }
         self._derived: tuple[Candidate, dict[str, LayerOptions]] | None = None
-        self._sensitivities: Mapping[str, float] = {}
+        self._sensitivities: Mapping[str, Curve] = {}
 
     # --- costs and options ----------------------------------------------------------------------------------
 
@@ -248,7 +231,7 @@ class Workbench:
         run = Runner(build(task, network, batched=True), task.loss.outputs, threads=task.threads)
         return divergence(task.loss, self.probe.outputs, [run(batch) for batch in self.probe.batches])
 
-    def sensitivities(self) -> Mapping[str, float]:
+    def sensitivities(self) -> Mapping[str, Curve]:
         """See `sensitivity`; measured on the original and kept: a trained network stays close enough to it."""
         if not self._sensitivities:
             batch = None if self._keep is not None else self.probe.batches[0]
@@ -262,107 +245,27 @@ class Workbench:
         start = time.perf_counter()
         self._tell(f"{candidate.name}: measuring", 0.0)
         task = self.task
-        rows = self._rows(candidate.network, task.select)
+        rows = metric_rows(task, candidate.network, task.select)
         drop = metrics.drop(task.metric, task.original_rows, rows, seed=task.seed)
         spent = time.perf_counter() - start
         return dataclasses.replace(candidate, drop=drop, seconds=candidate.seconds + spent)
 
-    def trained(self, candidate: Candidate, seconds: float, name: str) -> Candidate | None:
+    def trained(self, candidate: Candidate, seconds: float, name: str, hopeless: float = math.inf) -> Candidate | None:
         """Fine-tune all that can be trained; None, with a warning, when the loss does not stay finite."""
         start = time.perf_counter()
-        task, network = self.task, candidate.network
-        assert task.training is not None
-        if self._keep is None:
-            even = {layer: balanced(own) for layer, own in network.factors.items()}
-            network = dataclasses.replace(network, factors=even)
-        loss, graph = task.training.loss, build(task, network, batched=True)
-        names = list(trainable_names(task, network, graph))
-        labels = task.labels and loss.label_weight > 0
-        lessons = Lessons(self._tutor, self._fed(network))
-        source = examples(task.train, task.batch, task.seed + len(self.fine_tunes), lessons, labels)
-
-        def refresh(arrays: Mapping[str, NDArray[Any]]) -> None:
-            lessons.student = self._fed(self._learned(network, arrays))
-
-        try:
-            copy = training_copy(graph, task.batch, task.types)
-            check_training_copy(graph, copy, next(source).inputs, task.threads)
-            left = seconds - (time.perf_counter() - start)
-            if self._keep is not None:
-                result = self._grouped(network, copy, names, left, name)
-            else:
-                with (
-                    finetune.Trainer(copy, names, loss, task.threads) as trainer,
-                    contextlib.closing(finetune.prefetched(source)) as ahead,
-                ):
-                    result = finetune.fine_tune(
-                        trainer,
-                        ahead,
-                        seconds=left,
-                        learning_rate=LEARNING_RATE,
-                        report=lambda step, steps, loss: self._tell(
-                            f"{name}: step {step} of {steps}, loss {loss:.4f}", step / steps
-                        ),
-                        refresh=refresh if loss.fed else None,
-                    )
-        except TrainingError as error:
-            self.warnings.append(f"{name}: {error}; the candidate is dropped")
+        network = self.tuner.tuned(
+            candidate.network, seconds, name, hopeless, lambda learned: self._mended(learned, name)
+        )
+        if network is None:
             return None
         spent = time.perf_counter() - start
-        count = min(20, len(result.losses))
-        self.fine_tunes.append(
-            FineTune(
-                name,
-                result.schedule.steps,
-                result.schedule.batch,
-                result.schedule.learning_rate,
-                spent,
-                float(np.mean(result.losses[:count])),
-                float(np.mean(result.losses[-count:])),
-            )
-        )
-        better = self._better(candidate.network, self._mended(self._learned(network, result.arrays), name))
-        if better is candidate.network:
-            self.warnings.append(f"{name}: the metric fell; the weights before it were kept")
         return dataclasses.replace(
             candidate,
             name=name,
-            network=better,
+            network=network,
             trained=candidate.trained + spent,
             seconds=candidate.seconds + spent,
         )
-
-    def _grouped(
-        self, network: Network, copy: ModelProto, names: Sequence[str], seconds: float, name: str
-    ) -> finetune.Trained:
-        """Fine-tune a large network, a few blocks at a time."""
-        task = self.task
-        assert task.training is not None
-        plan, keep = task.training, self._keep or in_place
-
-        def student(arrays: Mapping[str, NDArray[Any]]) -> ModelProto:
-            return build(task, self._learned(network, arrays), batched=True)
-
-        groups = grouped(copy, plan.blocks, plan.loss, names, GROUP_BYTES)
-        training = GroupTraining(task.batched, copy, student, plan.loss, groups, names, task.types, task.threads, keep)
-        drawn = examples(task.train, task.batch, task.seed + len(self.fine_tunes), lambda inputs: [], False)
-        batches = [next(drawn).inputs for _ in range(training.batches(task.batch))]
-        return training.train(batches, seconds, LEARNING_RATE, lambda what, share: self._tell(f"{name}: {what}", share))
-
-    def _fed(self, network: Network) -> Runner | None:
-        """Computes what the blocks of a network are given; None where it is trained as a whole."""
-        fed = () if self.task.training is None else self.task.training.loss.fed
-        return Runner(build(self.task, network, batched=True), fed, threads=self.task.threads) if fed else None
-
-    def _learned(self, network: Network, arrays: Mapping[str, NDArray[Any]]) -> Network:
-        """The network with trained arrays; what no gradient reached keeps its values."""
-        factors = {}
-        for name, own in network.factors.items():
-            before = stage_arrays(self._layers[name], own)
-            factors[name] = read_factors(self._layers[name], own, {**before, **arrays})
-        held = {n for name, own in factors.items() for n in stage_names(self._layers[name], own)}
-        others = {name: array for name, array in arrays.items() if name not in held}
-        return Network(factors, {**network.arrays, **others})
 
     def _mended(self, network: Network, name: str) -> Network:
         """The network refitted where that helps: its blocks were trained beside each other."""
@@ -370,26 +273,3 @@ class Workbench:
         if training is None or not training.loss.fed:
             return network
         return min((network, self._refitted(network, name)), key=self._divergence)
-
-    def _better(self, before: Network, after: Network) -> Network:
-        """`before` where `after` scores worse by more than its error, on held-out training images and deciding ones.
-
-        The original has memorised the first, and a network made from it loses that memory when it is trained: there
-        alone a worse score says little.
-        """
-        stop, select = self.task.stop, self.task.select
-        if stop is None or not self._loses(before, after, stop) or not self._loses(before, after, select):
-            return after
-        return before
-
-    def _loses(self, before: Network, after: Network, split: Split) -> bool:
-        split = split.subset(np.arange(min(len(split), STOP_IMAGES)))
-        rows = [self._rows(network, split) for network in (before, after)]
-        lost = metrics.drop(self.task.metric, rows[0], rows[1], seed=self.task.seed)
-        return lost.value > lost.standard_error
-
-    def _rows(self, network: Network, split: Split) -> NDArray[Any]:
-        """Metric statistics of a network on a split."""
-        task = self.task
-        model = build(task, network, batched=True)
-        return evaluate(model, split, task.metric, task.evaluation_batch, task.threads, task.batched)

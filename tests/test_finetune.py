@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -294,6 +295,42 @@ def test_training_lowers_the_loss_and_arrays_come_back_by_name() -> None:
     np.testing.assert_array_equal(arrays(moved)[frozen], arrays(model)[frozen])
     batch = next(examples())
     assert exact_loss(moved, VALUES, batch) < 0.3 * exact_loss(model, VALUES, batch)
+
+
+def test_the_rate_found_is_the_largest_that_does_no_harm() -> None:
+    """Beside its teacher a network loses by large steps at once, and the sooner the larger its inputs are."""
+    model = filled(NETS["small"])
+
+    def near(scale: float) -> Iterator[Example]:
+        for seed in itertools.count():
+            drawn = example(model, False, seed=seed)
+            x = scale * drawn.inputs["x"]
+            yield replace(drawn, inputs={"x": x}, teacher=[reference(model, x) + 0.1 * drawn.teacher[0]])
+
+    found = []
+    for scale in (1.0, 100.0):
+        with Trainer(training_copy(model, BATCH), weights_of(model), VALUES, 1) as trainer:
+            found.append(finetune.find_rate(trainer, near(scale), 60.0))
+    low, high = finetune.RATES
+    assert low <= found[1] < 0.5 * found[0] <= high
+    with Trainer(training_copy(model, BATCH), weights_of(model), VALUES, 1) as trainer:
+        assert finetune.find_rate(trainer, near(1.0), 0.0) == finetune.DEFAULT_RATE
+
+
+def test_what_is_hopeless_ends_after_half_of_the_steps() -> None:
+    model = filled(NETS["small"])
+    asked: list[int] = []
+
+    def judge(arrays: finetune.Arrays) -> bool:
+        asked.append(len(arrays))
+        return len(asked) > 1
+
+    for wanted in (10, 5):
+        with Trainer(training_copy(model, BATCH), weights_of(model), VALUES, 1) as trainer:
+            drawn = (example(model, False, seed=seed) for seed in itertools.count())
+            trained = fine_tune(trainer, drawn, seconds=0.0, learning_rate=1e-3, steps=10, hopeless=judge)
+        assert len(trained.losses) == wanted
+    assert asked == [len(weights_of(model))] * 2
 
 
 def test_the_step_count_follows_from_the_seconds() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
@@ -105,8 +105,9 @@ class FakeBench:
     ) -> Candidate:
         return propose(self, source, cost, name, seconds, swap, 0)
 
-    def sensitivities(self) -> Mapping[str, float]:
-        return {f"layer{layer}": self.weight(layer) for layer in range(self.layers)}
+    def sensitivities(self) -> Mapping[str, Callable[[float], float]]:
+        weights = {f"layer{layer}": self.weight(layer) for layer in range(self.layers)}
+        return {name: lambda error, weight=weight: weight * error for name, weight in weights.items()}  # type: ignore[misc]
 
     def weight(self, layer: int) -> float:
         return 0.2 + 0.3 * layer
@@ -147,7 +148,7 @@ class FakeBench:
             candidate, drop=Drop(value, self.error, value - 1.96 * self.error, value + 1.96 * self.error)
         )
 
-    def trained(self, candidate: Candidate, seconds: float, name: str) -> Candidate | None:
+    def trained(self, candidate: Candidate, seconds: float, name: str, hopeless: float) -> Candidate | None:
         self.trainings.append((name, seconds, self.clock))
         self.clock += seconds
         if len(self.trainings) - 1 in self.fail:

@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, numpy_helper
 from onnx.parser import parse_model
 
-from onnxneutrino import conductor, cost, finetune, metrics, prepare, sensitivity, workbench
+from onnxneutrino import conductor, cost, finetune, metrics, prepare, sensitivity, tuning
 from onnxneutrino.allocate import Option
 from onnxneutrino.config import Config, DataConfig
-from onnxneutrino.data import deciding
+from onnxneutrino.data import IndexedSplit, deciding
 from onnxneutrino.forms import full_ranks
 from onnxneutrino.graph import TensorType, arrays, check, with_arrays
 from onnxneutrino.plan import Choice, Form
 from onnxneutrino.probe import divergence
 from onnxneutrino.runtime import Runner
 from onnxneutrino.search import Candidate
+from onnxneutrino.sensitivity import Curve
 from onnxneutrino.task import Network, Task, build
 from onnxneutrino.training_copy import training_copy
 from onnxneutrino.workbench import Workbench
@@ -211,15 +212,36 @@ def test_divergence_is_zero_for_the_original_and_grows_with_the_error(bench: Wor
     assert found[-1] > 0
 
 
-def test_sensitivities_are_positive_for_every_layer_and_rank_them(bench: Workbench) -> None:
+def test_sensitivities_are_the_divergence_of_one_layer_alone(bench: Workbench) -> None:
     found = bench.sensitivities()
     assert list(found) == [layer.name for layer in bench.task.layers]
-    assert all(value > 0 and np.isfinite(value) for value in found.values())
     for name, own in bench._original.items():
-        option = min((o for o in own.options if o.choice), key=lambda o: abs(o.loss - sensitivity.ERROR))
-        assert option.choice is not None
-        alone = bench._divergence(Network({name: own.factors(option.choice)}))
-        assert alone / option.loss == pytest.approx(found[name], rel=0.5)
+        assert found[name].points
+        errors, lost = zip(*found[name].points, strict=True)
+        assert list(lost) == sorted(lost)
+        choices = {option.loss: option.choice for option in own.options}
+        batch = {name: array[: sensitivity.IMAGES] for name, array in bench.probe.batches[0].items()}
+        outputs_of = bench.task.loss.outputs
+        wanted = [Runner(bench.task.batched, outputs_of)(batch)]
+        for error, expected in zip(errors, lost, strict=True):
+            choice = choices[error]
+            assert choice is not None
+            alone = build(bench.task, Network({name: own.factors(choice)}), batched=True)
+            got = divergence(bench.task.loss, wanted, [Runner(alone, outputs_of)(batch)])
+            assert expected == pytest.approx(got, rel=1e-3, abs=1e-6)
+
+
+def test_a_curve_goes_through_its_points_and_on() -> None:
+    curve = Curve(((0.1, 0.02), (0.4, 0.32)))
+    assert [curve(error) for error in (0.1, 0.4)] == pytest.approx([0.02, 0.32])
+    assert curve(0.2) == pytest.approx(0.08)  # a square between its points
+    assert curve(0.05) == pytest.approx(0.005)
+    assert curve(0.8) == pytest.approx(1.28)
+    assert curve(0.0) == 0.0
+    steep = Curve(((0.1, 1e-6), (0.4, 1.0)))
+    assert steep(0.05) == pytest.approx(0.25e-6)  # no steeper than a square outside
+    assert Curve()(0.3) == 0.3
+    assert Curve(((0.1, 0.02),))(0.3) == pytest.approx(0.06)
 
 
 def test_making_a_candidate_twice_gives_the_same(bench: Workbench, candidate: Candidate) -> None:
@@ -254,13 +276,13 @@ def test_the_drop_is_that_of_the_deployable_graph_on_the_deciding_images(bench: 
 def test_training_changes_the_network_for_the_better(
     bench: Workbench, candidate: Candidate, trained: Candidate
 ) -> None:
-    assert not bench.warnings
+    assert not bench.tuner.warnings
     assert trained.trained > 0
     assert (trained.cost, trained.choices) == (candidate.cost, candidate.choices)
     before, after = (outputs(build(bench.task, own.network)) for own in (candidate, trained))
     assert np.abs(after - before).max() > 1e-3
     assert bench._divergence(trained.network) < candidate.divergence
-    (record,) = (tune for tune in bench.fine_tunes if tune.name == "trained")
+    (record,) = (tune for tune in bench.tuner.fine_tunes if tune.name == "trained")
     assert record.last_loss < record.first_loss
     assert record.steps > 10
 
@@ -337,27 +359,28 @@ def test_a_layer_whole_in_a_trained_network_is_refactored_from_its_trained_weigh
 def test_a_training_that_fails_is_none_with_a_warning(
     bench: Workbench, candidate: Candidate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = list(bench.warnings)
-    monkeypatch.setattr(workbench, "LEARNING_RATE", np.inf)
+    before = list(bench.tuner.warnings)
+    monkeypatch.setattr(bench.tuner, "_rate", np.inf)
     assert bench.trained(candidate, 0.5, "broken") is None
-    (warning,) = bench.warnings[len(before) :]
+    (warning,) = bench.tuner.warnings[len(before) :]
     assert warning.startswith("broken: ")
     assert "loss became nan" in warning or "not finite" in warning
     assert "\n" not in warning
-    del bench.warnings[len(before) :]
+    del bench.tuner.warnings[len(before) :]
 
 
 def test_a_training_that_makes_it_worse_is_taken_back(
     task: Task, candidate: Candidate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workbench, "LEARNING_RATE", 3.0)
     judged = Workbench(dataclasses.replace(task, stop=task.select), 60.0, images=64)
+    monkeypatch.setattr(judged.tuner, "_rate", 3.0)
     found = judged.trained(candidate, 0.5, "worse")
     assert found is not None
     assert found.network is candidate.network
-    assert judged.warnings == ["worse: the metric fell; the weights before it were kept"]
+    assert judged.tuner.warnings == ["worse: the metric fell; the weights before it were kept"]
     without = Workbench(task, 60.0, images=64)
     assert task.stop is None
+    monkeypatch.setattr(without.tuner, "_rate", 3.0)
     kept = without.trained(candidate, 0.5, "worse")
     assert kept is not None
     assert kept.network is not candidate.network
@@ -367,11 +390,11 @@ def test_what_only_memorised_images_lose_is_kept(
     bench: Workbench, candidate: Candidate, trained: Candidate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = dataclasses.replace(bench.task, stop=bench.task.train)
-    monkeypatch.setattr(bench, "task", task)
+    monkeypatch.setattr(bench.tuner, "task", task)
     for memorised, judged, kept in ((True, False, trained), (False, True, trained), (True, True, candidate)):
         loses = {id(task.stop): memorised, id(task.select): judged}
-        monkeypatch.setattr(bench, "_loses", lambda before, after, split, loses=loses: loses[id(split)])
-        assert bench._better(candidate.network, trained.network) is kept.network
+        monkeypatch.setattr(bench.tuner, "_loses", lambda before, after, split, loses=loses: loses[id(split)])
+        assert bench.tuner._better(candidate.network, trained.network) is kept.network
 
 
 def test_labels_are_used_where_they_are_wanted(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,6 +415,36 @@ def test_labels_are_used_where_they_are_wanted(task: Task, monkeypatch: pytest.M
         assert all(value is labels for value in seen)
 
 
+@pytest.mark.parametrize(("bound", "given_up"), [(-1e6, True), (1e6, False)])
+def test_training_is_hopeless_above_a_drop(
+    bench: Workbench, candidate: Candidate, monkeypatch: pytest.MonkeyPatch, bound: float, given_up: bool
+) -> None:
+    answers = []
+    original = finetune.fine_tune
+
+    def asked(trainer: finetune.Trainer, *args: Any, **options: Any) -> finetune.Trained:
+        answers.append(options["hopeless"](trainer.arrays()))
+        return original(trainer, *args, **options)
+
+    monkeypatch.setattr(finetune, "fine_tune", asked)
+    assert bench.trained(candidate, 0.5, "judged", bound) is not None
+    assert answers == [given_up]
+
+
+@pytest.mark.parametrize(("wrong", "weight"), [(0.0, 0.1), (0.25, 0.5), (1.0, 0.8)])
+def test_labels_count_twice_the_originals_error_on_training_images(task: Task, wrong: float, weight: float) -> None:
+    split = task.train
+    assert isinstance(split, IndexedSplit)
+    assert split.targets is not None
+    shift = np.random.default_rng(0).random(len(split.targets)) < wrong
+    classes = int(split.targets.max()) + 1
+    labelled = dataclasses.replace(split, targets=(split.targets + shift) % classes)
+    own = dataclasses.replace(task, train=labelled, labels=True)
+    tuner = tuning.Tuner(own, Runner(own.batched, own.loss.outputs), None, lambda what, share: None)
+    assert tuner.loss.label_weight == pytest.approx(weight, abs=0.08)
+    assert dataclasses.replace(tuner.loss, label_weight=0.0) == dataclasses.replace(own.loss, label_weight=0.0)
+
+
 def test_a_copy_that_computes_something_else_drops_the_candidate(
     bench: Workbench, candidate: Candidate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,10 +454,10 @@ def test_a_copy_that_computes_something_else_drops_the_candidate(
         return with_arrays(training_copy(model, batch, types), {name: larger})
 
     assert candidate.network.factors["first"].form == "channel"
-    monkeypatch.setattr(workbench, "training_copy", wrong)
+    monkeypatch.setattr(tuning, "training_copy", wrong)
     assert bench.trained(candidate, 0.5, "wrong copy") is None
-    assert "wrong copy: output" in bench.warnings[-1]
-    assert "differs" in bench.warnings[-1]
+    assert "wrong copy: output" in bench.tuner.warnings[-1]
+    assert "differs" in bench.tuner.warnings[-1]
 
 
 def test_reconstruction_brings_every_block_nearer_to_the_original(tmp_path: Path) -> None:
@@ -417,10 +470,10 @@ def test_reconstruction_brings_every_block_nearer_to_the_original(tmp_path: Path
     made = bench.realize(None, some_choices(bench), "plan")
     found = bench.trained(made, 2.0, "blocks")
     assert found is not None
-    assert not bench.warnings
+    assert not bench.tuner.warnings
     assert found.divergence == made.divergence, "known before training, for the record"
     assert bench._divergence(found.network) < made.divergence
-    (record,) = bench.fine_tunes
+    (record,) = bench.tuner.fine_tunes
     assert record.last_loss < record.first_loss
     for name in ("r0", "r2"):  # fitted to just that before, on the same inputs: no more can be asked than to stay
         wanted, before, after = (
@@ -437,7 +490,7 @@ def test_float16_weights_are_trained_as_float32_and_written_as_float16(tmp_path:
     made = bench.realize(None, some_choices(bench), "plan")
     found = bench.trained(made, 2.0, "halves")
     assert found is not None
-    assert not bench.warnings
+    assert not bench.tuner.warnings
     assert bench._divergence(found.network) < bench._divergence(made.network)
     written = build(task, found.network)
     check(written, "halves")

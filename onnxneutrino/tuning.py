@@ -1,0 +1,221 @@
+"""Fine-tuning of one candidate: its lessons from the original, its training, and whether that helped."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from onnxneutrino import finetune, metrics
+from onnxneutrino.calibrate import Keep, in_place
+from onnxneutrino.data import Split
+from onnxneutrino.errors import TrainingError
+from onnxneutrino.factors import balanced
+from onnxneutrino.groups import GroupTraining, grouped
+from onnxneutrino.large import GROUP_BYTES
+from onnxneutrino.losses import Loss
+from onnxneutrino.passes.factorize import read_factors, stage_arrays, stage_names
+from onnxneutrino.prepare import evaluate
+from onnxneutrino.runtime import Runner
+from onnxneutrino.task import FineTune, Network, Task, build, trainable_names
+from onnxneutrino.teaching import Lessons, examples, teacher_error
+from onnxneutrino.training_copy import check_training_copy, training_copy
+
+RATE_SHARE = 0.1
+TEACHER_BATCHES = 16
+LABEL_WEIGHTS = (0.1, 0.8)
+STOP_IMAGES = 1000
+
+
+class Tuner:
+    """Trains networks of one task, one after the other."""
+
+    def __init__(self, task: Task, teacher: Runner, keep: Keep | None, tell: Callable[[str, float], None]) -> None:
+        """Take the task, the original on what its loss reads, where arrays go, and who hears of progress."""
+        self.task = task
+        self.fine_tunes: list[FineTune] = []
+        self.warnings: list[str] = []
+        self._keep = keep
+        self._tell = tell
+        self._layers = {layer.name: layer for layer in task.layers}
+        own = task.loss if task.training is None else task.training.loss
+        learned = (*own.outputs, *own.reconstructed)
+        alike = learned == task.loss.outputs
+        self._rate: float | None = None
+        self._tutor = teacher if alike else Runner(task.batched, learned, threads=task.threads)
+
+    def tuned(
+        self,
+        given: Network,
+        seconds: float,
+        name: str,
+        hopeless: float = math.inf,
+        mended: Callable[[Network], Network] = lambda network: network,
+    ) -> Network | None:
+        """Fine-tune all that can be trained.
+
+        Args:
+            given: the network.
+            seconds: wall time to spend.
+            name: for the report.
+            hopeless: a drop; above it after half of the steps, training ends there.
+            mended: puts right what was trained in blocks beside each other.
+
+        Returns:
+            The trained network, or `given` itself, with a warning, where training made it worse; None, with a
+            warning, when the loss does not stay finite.
+        """
+        start = time.perf_counter()
+        task, network = self.task, given
+        assert task.training is not None
+        if self._keep is None:
+            even = {layer: balanced(own) for layer, own in network.factors.items()}
+            network = dataclasses.replace(network, factors=even)
+        loss, graph = self.loss, build(task, network, batched=True)
+        names = list(trainable_names(task, network, graph))
+        lessons = Lessons(self._tutor, self._fed(network))
+        source = examples(
+            task.train, task.batch, task.seed + len(self.fine_tunes), lessons, task.labels and loss.label_weight > 0
+        )
+
+        def refresh(arrays: Mapping[str, NDArray[Any]]) -> None:
+            lessons.student = self._fed(self._learned(network, arrays))
+
+        def lost(arrays: Mapping[str, NDArray[Any]]) -> bool:
+            few = np.arange(min(len(task.select), STOP_IMAGES))
+            rows = metric_rows(task, self._learned(network, arrays), task.select.subset(few))
+            drop = metrics.drop(task.metric, task.original_rows[few], rows, seed=task.seed)
+            return drop.value - drop.standard_error > hopeless
+
+        try:
+            copy = training_copy(graph, task.batch, task.types)
+            check_training_copy(graph, copy, next(source).inputs, task.threads)
+            left = seconds - (time.perf_counter() - start)
+            if self._keep is not None:
+                result = self._grouped(network, copy, names, left, name)
+            else:
+                rate = self._found_rate(copy, names, source, RATE_SHARE * left)
+                left = seconds - (time.perf_counter() - start)
+                with (
+                    finetune.Trainer(copy, names, loss, task.threads) as trainer,
+                    contextlib.closing(finetune.prefetched(source)) as ahead,
+                ):
+                    result = finetune.fine_tune(
+                        trainer,
+                        ahead,
+                        seconds=left,
+                        learning_rate=rate,
+                        report=lambda step, steps, loss: self._tell(
+                            f"{name}: step {step} of {steps}, loss {loss:.4f}", step / steps
+                        ),
+                        refresh=refresh if loss.fed else None,
+                        hopeless=lost,
+                    )
+        except TrainingError as error:
+            self.warnings.append(f"{name}: {error}; the candidate is dropped")
+            return None
+        spent = time.perf_counter() - start
+        count = min(20, len(result.losses))
+        self.fine_tunes.append(
+            FineTune(
+                name,
+                len(result.losses),
+                result.schedule.batch,
+                result.schedule.learning_rate,
+                spent,
+                float(np.mean(result.losses[:count])),
+                float(np.mean(result.losses[-count:])),
+            )
+        )
+        better = self._better(given, mended(self._learned(network, result.arrays)))
+        if better is given:
+            self.warnings.append(f"{name}: the metric fell; the weights before it were kept")
+        return better
+
+    def _found_rate(
+        self, copy: ModelProto, names: Sequence[str], source: Iterator[finetune.Example], seconds: float
+    ) -> float:
+        """The learning rate: found on the first network, and used for all that follow from it."""
+        if self._rate is None:
+            with finetune.Trainer(copy, names, self.loss, self.task.threads) as trainer:
+                self._rate = finetune.find_rate(trainer, source, seconds)
+        return self._rate
+
+    @cached_property
+    def loss(self) -> Loss:
+        """What is learned; the labels count as much as the original errs on the images that training sees."""
+        task = self.task
+        assert task.training is not None
+        loss = task.training.loss
+        if not (task.labels and loss.label_weight and loss.kind == "classes" and loss.outputs):
+            return loss
+        drawn = examples(task.train, task.batch, task.seed, self._tutor, labels=True)
+        error = teacher_error(drawn, TEACHER_BATCHES)
+        if error is None:
+            return loss
+        return dataclasses.replace(loss, label_weight=float(np.clip(2 * error, *LABEL_WEIGHTS)))
+
+    def _grouped(
+        self, network: Network, copy: ModelProto, names: Sequence[str], seconds: float, name: str
+    ) -> finetune.Trained:
+        """Fine-tune a large network, a few blocks at a time."""
+        task = self.task
+        assert task.training is not None
+        plan, keep = task.training, self._keep or in_place
+
+        def student(arrays: Mapping[str, NDArray[Any]]) -> ModelProto:
+            return build(task, self._learned(network, arrays), batched=True)
+
+        groups = grouped(copy, plan.blocks, plan.loss, names, GROUP_BYTES)
+        training = GroupTraining(task.batched, copy, student, plan.loss, groups, names, task.types, task.threads, keep)
+        drawn = examples(task.train, task.batch, task.seed + len(self.fine_tunes), lambda inputs: [], False)
+        batches = [next(drawn).inputs for _ in range(training.batches(task.batch))]
+        return training.train(
+            batches, seconds, finetune.DEFAULT_RATE, lambda what, share: self._tell(f"{name}: {what}", share)
+        )
+
+    def _fed(self, network: Network) -> Runner | None:
+        """Computes what the blocks of a network are given; None where it is trained as a whole."""
+        fed = () if self.task.training is None else self.task.training.loss.fed
+        return Runner(build(self.task, network, batched=True), fed, threads=self.task.threads) if fed else None
+
+    def _learned(self, network: Network, arrays: Mapping[str, NDArray[Any]]) -> Network:
+        """The network with trained arrays; what no gradient reached keeps its values."""
+        factors = {}
+        for name, own in network.factors.items():
+            before = stage_arrays(self._layers[name], own)
+            factors[name] = read_factors(self._layers[name], own, {**before, **arrays})
+        held = {n for name, own in factors.items() for n in stage_names(self._layers[name], own)}
+        others = {name: array for name, array in arrays.items() if name not in held}
+        return Network(factors, {**network.arrays, **others})
+
+    def _better(self, before: Network, after: Network) -> Network:
+        """`before` where `after` scores worse by more than its error, on held-out training images and deciding ones.
+
+        The original has memorised the first, and a network made from it loses that memory when it is trained: there
+        alone a worse score says little.
+        """
+        stop, select = self.task.stop, self.task.select
+        if stop is None or not self._loses(before, after, stop) or not self._loses(before, after, select):
+            return after
+        return before
+
+    def _loses(self, before: Network, after: Network, split: Split) -> bool:
+        split = split.subset(np.arange(min(len(split), STOP_IMAGES)))
+        rows = [metric_rows(self.task, network, split) for network in (before, after)]
+        lost = metrics.drop(self.task.metric, rows[0], rows[1], seed=self.task.seed)
+        return lost.value > lost.standard_error
+
+
+def metric_rows(task: Task, network: Network, split: Split) -> NDArray[Any]:
+    """Metric statistics of a network on a split."""
+    model = build(task, network, batched=True)
+    return evaluate(model, split, task.metric, task.evaluation_batch, task.threads, task.batched)
