@@ -34,10 +34,10 @@ from onnxneutrino.data import deciding
 from onnxneutrino.finetune import Example, Trainer
 from onnxneutrino.gradient_graph import faster_gradients
 from onnxneutrino.graph import arrays, load
-from onnxneutrino.losses import Loss, least_loss, loss_inputs, rows
+from onnxneutrino.losses import Loss, loss_inputs, rows, teacher_loss
 from onnxneutrino.runtime import Runner
 from onnxneutrino.task import Network, Task, build, trainable_names
-from onnxneutrino.teaching import examples
+from onnxneutrino.teaching import Lessons, examples
 from onnxneutrino.training_copy import training_copy
 from onnxneutrino.workbench import Workbench
 
@@ -122,7 +122,7 @@ def torch_step(copy: ModelProto, names: Sequence[str], loss: Loss, example: Exam
         error.backward()
         torch.nn.utils.clip_grad_norm_(parameters, finetune.MAX_GRADIENT_NORM)
         optimizer.step()
-        return float(error.detach()) - least_loss(loss, given)
+        return float(error.detach()) - teacher_loss(loss, example.teacher, given)
 
     return step
 
@@ -204,7 +204,7 @@ def measure(task: Task, network: Network, turns: int) -> dict[str, Any]:
     copy = training_copy(graph, task.batch, task.types)
     loss, names = task.training.loss, list(trainable_names(task, network, graph))
     teacher = Runner(task.batched, loss.tensors, threads=task.threads)
-    example = next(examples(task.train, task.batch, task.seed, teacher, False))
+    example = next(examples(task.train, task.batch, task.seed, Lessons(teacher, None), False))
     result: dict[str, Any] = {"batch": task.batch}
     with ExitStack() as stack:
         with mock.patch.object(finetune, "faster_gradients", lambda model: model):

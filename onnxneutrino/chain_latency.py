@@ -66,10 +66,10 @@ class FormTimes:
         """
         values = self.ms
         for measured, rank in zip(self.axes, ranks, strict=True):
-            # The last of the measured ranks need not be one of the fast ones.
-            place = rank if rank in measured else min(next_fast(rank), max(rank, measured[-1]))
             if rank > measured[-1]:
                 return math.inf
+            # The last of the measured ranks need not be one of the fast ones.
+            place = rank if rank in measured else min(next_fast(rank), measured[-1])
             values = np.apply_along_axis(lambda own, x, xs: np.interp(x, xs, own), 0, values, place, measured)
         return float(values)
 

@@ -31,7 +31,7 @@ from onnxneutrino.differentiable import untrainable
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.gradient_graph import faster_gradients
 from onnxneutrino.graph import RUNTIME_IR, element_dtype
-from onnxneutrino.losses import Loss, least_loss, loss_inputs, with_loss
+from onnxneutrino.losses import Loss, loss_inputs, teacher_loss, with_loss
 from onnxneutrino.runtime import session_options
 
 Arrays = dict[str, NDArray[Any]]
@@ -43,7 +43,7 @@ REFRESHES = 10
 DEFAULT_RATE = 1e-3
 RATES = (2e-4, 1e-2)
 RATE_GROWTH = 1.12
-RISE = 1.25
+RISE = 0.25
 SMOOTHED = 5
 
 
@@ -143,7 +143,7 @@ class Trainer:
         """One AdamW step on the clipped gradients.
 
         Returns:
-            The loss before it, less the entropy of the teacher's probabilities, which no student gets below.
+            The loss before it, less the teacher's own.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -156,7 +156,7 @@ class Trainer:
         self._optimizer.set_learning_rate(rate)
         self._optimizer.step()
         self._module.lazy_reset_grad()
-        return loss - least_loss(self.loss, given)
+        return loss - teacher_loss(self.loss, example.teacher, given)
 
     def gradients(self, example: Example) -> Arrays:
         """Gradients of the loss by initializer name, for one batch; nothing is updated."""
@@ -270,14 +270,15 @@ def find_rate(trainer: Trainer, examples: Iterator[Example], seconds: float) -> 
     `seconds`, 1e-3 must do.
     """
     start = time.perf_counter()
-    still = float(np.mean([trainer.step(next(examples), 0.0) for _ in range(SMOOTHED)]))
+    still = [trainer.step(next(examples), 0.0) for _ in range(SMOOTHED)]
+    bound = float(np.mean(still)) + RISE * max(float(np.mean(still)), float(np.std(still)))
     if (time.perf_counter() - start) / SMOOTHED * math.log(RATES[1] / RATES[0], RATE_GROWTH) > seconds:
         return DEFAULT_RATE
     losses: list[float] = []
     rate = RATES[0]
     while rate < RATES[1]:
         losses.append(trainer.step(next(examples), rate))
-        if len(losses) >= SMOOTHED and np.mean(losses[-SMOOTHED:]) > RISE * still:
+        if len(losses) >= SMOOTHED and np.mean(losses[-SMOOTHED:]) > bound:
             break
         rate *= RATE_GROWTH
     # The mean is that of the middle of its steps.

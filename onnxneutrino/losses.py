@@ -22,7 +22,6 @@ from onnxneutrino.graph import capped_ir, drop_unused, inferred, replace_uses
 from onnxneutrino.plan import Array
 
 PREFIX = "onnxneutrino/"
-TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -79,23 +78,32 @@ def loss_inputs(loss: Loss, teacher: Sequence[NDArray[Any]], labels: NDArray[Any
     return {**given, f"{PREFIX}soft": soft, f"{PREFIX}hard": hard}
 
 
-def least_loss(loss: Loss, given: Mapping[str, NDArray[Any]]) -> float:
-    """What of the loss no student can learn away: the entropy of the teacher's probabilities, in its units.
+def teacher_loss(loss: Loss, teacher: Sequence[NDArray[Any]], given: Mapping[str, NDArray[Any]]) -> float:
+    """The loss of the teacher itself: a student that computes the same has this one, and not 0.
 
     Args:
         loss: what is learned.
+        teacher: its tensors, in the order of `Loss.tensors`.
         given: values of `loss_inputs`.
     """
-    if f"{PREFIX}soft" not in given:
+    if loss.kind == "values" or not loss.outputs:
         return 0.0
-    soft = given[f"{PREFIX}soft"].astype(np.float64)
-    shares = soft / np.maximum(soft.sum(axis=-1, keepdims=True), TINY)
-    return float(-np.sum(soft * np.log(np.maximum(shares, TINY))) / len(soft))
+    logits = rows(teacher[0])
+    terms = given[f"{PREFIX}hard"] * log_softmax(logits) + given[f"{PREFIX}soft"] * log_softmax(
+        logits / loss.temperature
+    )
+    return -float(np.sum(terms, dtype=np.float64)) / len(logits)
 
 
 def rows(logits: NDArray[Any]) -> Array:
     """Logits `(N, C)` or `(N, C, 1, 1)` as float32 `(N, C)`."""
     return np.asarray(logits, np.float32).reshape(len(logits), -1)
+
+
+def log_softmax(logits: Array) -> Array:
+    """Logarithm of the softmax over the last axis."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), np.float32)
 
 
 def softmax(logits: Array) -> Array:

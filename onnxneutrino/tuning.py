@@ -26,7 +26,7 @@ from onnxneutrino.passes.factorize import read_factors, stage_arrays, stage_name
 from onnxneutrino.prepare import evaluate
 from onnxneutrino.runtime import Runner
 from onnxneutrino.task import FineTune, Network, Task, build, trainable_names
-from onnxneutrino.teaching import Lessons, examples, teacher_error
+from onnxneutrino.teaching import Lessons, Memory, examples, teacher_error
 from onnxneutrino.training_copy import check_training_copy, training_copy
 
 RATE_SHARE = 0.1
@@ -50,6 +50,7 @@ class Tuner:
         learned = (*own.outputs, *own.reconstructed)
         alike = learned == task.loss.outputs
         self._rate: float | None = None
+        self._memory = Memory()
         self._tutor = teacher if alike else Runner(task.batched, learned, threads=task.threads)
 
     def tuned(
@@ -81,10 +82,9 @@ class Tuner:
             network = dataclasses.replace(network, factors=even)
         loss, graph = self.loss, build(task, network, batched=True)
         names = list(trainable_names(task, network, graph))
-        lessons = Lessons(self._tutor, self._fed(network))
-        source = examples(
-            task.train, task.batch, task.seed + len(self.fine_tunes), lessons, task.labels and loss.label_weight > 0
-        )
+        lessons = Lessons(self._tutor, self._fed(network), self._memory)
+        labels = task.labels and loss.label_weight > 0
+        source = examples(task.train, task.batch, task.seed, lessons, labels, len(self.fine_tunes))
 
         def refresh(arrays: Mapping[str, NDArray[Any]]) -> None:
             lessons.student = self._fed(self._learned(network, arrays))
@@ -157,7 +157,7 @@ class Tuner:
         loss = task.training.loss
         if not (task.labels and loss.label_weight and loss.kind == "classes" and loss.outputs):
             return loss
-        drawn = examples(task.train, task.batch, task.seed, self._tutor, labels=True)
+        drawn = examples(task.train, task.batch, task.seed, Lessons(self._tutor, None, self._memory), labels=True)
         error = teacher_error(drawn, TEACHER_BATCHES)
         if error is None:
             return loss
@@ -176,7 +176,8 @@ class Tuner:
 
         groups = grouped(copy, plan.blocks, plan.loss, names, GROUP_BYTES)
         training = GroupTraining(task.batched, copy, student, plan.loss, groups, names, task.types, task.threads, keep)
-        drawn = examples(task.train, task.batch, task.seed + len(self.fine_tunes), lambda inputs: [], False)
+        nothing = Lessons(lambda inputs: [], None)
+        drawn = examples(task.train, task.batch, task.seed, nothing, False, len(self.fine_tunes))
         batches = [next(drawn).inputs for _ in range(training.batches(task.batch))]
         return training.train(
             batches, seconds, finetune.DEFAULT_RATE, lambda what, share: self._tell(f"{name}: {what}", share)

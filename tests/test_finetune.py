@@ -22,7 +22,7 @@ from onnxneutrino import finetune
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.finetune import Example, Schedule, Trainer, fine_tune, prefetched
 from onnxneutrino.graph import arrays, with_arrays
-from onnxneutrino.losses import Loss, least_loss, loss_inputs
+from onnxneutrino.losses import Loss, loss_inputs, teacher_loss
 from onnxneutrino.training_copy import training_copy
 
 BATCH = 4
@@ -193,7 +193,7 @@ def test_gradients_equal_finite_differences(net: str, loss: Loss, labels: bool) 
     own = example(model, labels)
     with Trainer(training_copy(model, BATCH), names, loss, 1) as trainer:
         gradients = trainer.gradients(own)
-        least = least_loss(loss, loss_inputs(loss, own.teacher, own.labels))
+        least = teacher_loss(loss, own.teacher, loss_inputs(loss, own.teacher, own.labels))
         assert trainer.step(own, 0.0) == pytest.approx(exact_loss(model, loss, own) - least, rel=1e-4)
     assert sorted(gradients) == sorted(names)
     rng = np.random.default_rng(5)
