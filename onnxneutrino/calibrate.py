@@ -7,7 +7,6 @@ number in `0 .. positions - 1` of the layer's output map, row by row.
 from __future__ import annotations
 
 import math
-import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxneutrino import clock
 from onnxneutrino.factors import Moments
 from onnxneutrino.moments import BLOCK, MomentSum
 from onnxneutrino.plan import Array, Geometry, Layer
@@ -108,10 +108,10 @@ def calibrate(
         run: runs the network on one batch and returns `tensors`.
         tensors: the tensors that the layers read.
         layers: whose moments to take.
-        batches: inputs; taken until `examples` are used or `time.perf_counter()` passes `deadline`.
+        batches: inputs; taken until `examples` are used or `clock.now()` passes `deadline`.
         examples: how many to use.
         seed: of the sampled positions.
-        deadline: on the clock of `time.perf_counter`.
+        deadline: on the clock of `clock.now`.
         progress: called with the examples done.
         threads: layers to work on at the same time.
         rows: patches of a layer, by their dimension; None for five.
@@ -139,7 +139,7 @@ def calibrate(
             del values, inputs  # or they would stay while the next batch runs
             done += size
             progress(done)
-            if done >= examples or time.perf_counter() > deadline:
+            if done >= examples or clock.now() > deadline:
                 break
     # One layer after the other gives up its sum, so that sums and moments are not both there in full.
     return {layer.name: _kept(sums.pop(layer.name).moments(), keep) for layer in layers}, done

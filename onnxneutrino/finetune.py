@@ -27,6 +27,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from onnxneutrino import clock
 from onnxneutrino.differentiable import untrainable
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.gradient_graph import faster_gradients
@@ -269,10 +270,10 @@ def find_rate(trainer: Trainer, examples: Iterator[Example], seconds: float) -> 
     at rate zero. The trainer's arrays and moments are spoiled afterwards. Where the test would take longer than
     `seconds`, 1e-3 must do.
     """
-    start = time.perf_counter()
+    start = clock.now()
     still = [trainer.step(next(examples), 0.0) for _ in range(SMOOTHED)]
     bound = float(np.mean(still)) + RISE * max(float(np.mean(still)), float(np.std(still)))
-    if (time.perf_counter() - start) / SMOOTHED * math.log(RATES[1] / RATES[0], RATE_GROWTH) > seconds:
+    if (clock.now() - start) / SMOOTHED * math.log(RATES[1] / RATES[0], RATE_GROWTH) > seconds:
         return DEFAULT_RATE
     losses: list[float] = []
     rate = RATES[0]
@@ -311,13 +312,13 @@ def fine_tune(
     Raises:
         TrainingError: the loss or a trained array is not finite.
     """
-    start = time.perf_counter()
+    start = clock.now()
     if steps is None:
         trainer.step(next(examples), 0.0)
-        timed = time.perf_counter()
+        timed = clock.now()
         for _ in range(TIMED_STEPS):
             trainer.step(next(examples), 0.0)
-        now = time.perf_counter()
+        now = clock.now()
         steps = max(1, int((seconds - (now - start)) / ((now - timed) / TIMED_STEPS)))
     schedule = Schedule(steps, trainer.batch, learning_rate)
     losses: list[float] = []
@@ -335,7 +336,7 @@ def fine_tune(
     for name, array in arrays.items():
         if not np.isfinite(array).all():  # what the last step did shows in no loss
             raise TrainingError(f"'{name}' is not finite after training; lower the learning rate or check the data")
-    return Trained(arrays, tuple(losses), schedule, time.perf_counter() - start)
+    return Trained(arrays, tuple(losses), schedule, clock.now() - start)
 
 
 def prefetched(examples: Iterator[Example], depth: int = 2) -> Generator[Example, None, None]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
-from onnxneutrino import finetune, weights
+from onnxneutrino import clock, finetune, weights
 from onnxneutrino.blocks import Block, bottlenecks
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.finetune import Arrays, Example, Trained
@@ -177,8 +176,8 @@ class GroupTraining:
         Raises:
             TrainingError: see `finetune.fine_tune`; or there is nothing to train.
         """
-        end = time.perf_counter() + seconds
-        begin = time.perf_counter()
+        end = clock.now() + seconds
+        begin = clock.now()
         start: str | None = None
         own: list[Inputs] = list(batches)
         taught: list[Inputs] = list(batches)
@@ -186,7 +185,7 @@ class GroupTraining:
         results: list[Trained] = []
         for index, group in enumerate(self._groups):
             report(f"blocks {index + 1} of {len(self._groups)}", index / len(self._groups))
-            began = time.perf_counter()
+            began = clock.now()
             following = self._groups[index + 1].fed[:1] if index + 1 < len(self._groups) else ()
             rest = following if following and following[0] in self._narrow else ()
             student = self._student(learned)
@@ -214,7 +213,7 @@ class GroupTraining:
         # Of losses of different tensors only means over the groups are told.
         first, last = (float(np.mean([own.losses[place] for own in results])) for place in (0, -1))
         schedule = dataclasses.replace(results[0].schedule, steps=sum(own.schedule.steps for own in results))
-        return Trained(learned, (first, last), schedule, time.perf_counter() - begin)
+        return Trained(learned, (first, last), schedule, clock.now() - begin)
 
     def _run(
         self, model: ModelProto, start: str | None, names: Sequence[str], batches: Sequence[Inputs]
@@ -238,6 +237,6 @@ class GroupTraining:
             return finetune.fine_tune(
                 trainer,
                 itertools.cycle(drawn),
-                seconds=share - (time.perf_counter() - began),
+                seconds=share - (clock.now() - began),
                 learning_rate=learning_rate,
             )

@@ -19,7 +19,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxneutrino import weights
+from onnxneutrino import clock, weights
 from onnxneutrino.errors import ModelError
 from onnxneutrino.graph import RUNTIME_IR, TensorType, capped_ir, data_bytes, element_dtype, expose, opset
 from onnxneutrino.opset_down import RUNTIME_OPSET, brought_down
@@ -261,4 +261,4 @@ def latencies(
             start = time.perf_counter()
             runner(own)
             series.append((time.perf_counter() - start) * 1000.0)
-    return [median(series) for series in times], len(times[0])
+    return [clock.noted(median(series)) for series in times], len(times[0])

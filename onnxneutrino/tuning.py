@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxneutrino import finetune, metrics
+from onnxneutrino import clock, finetune, metrics
 from onnxneutrino.calibrate import Keep, in_place
 from onnxneutrino.data import Split
 from onnxneutrino.errors import TrainingError
@@ -74,7 +73,7 @@ class Tuner:
             The trained network, or `given` itself, with a warning, where training made it worse; None, with a
             warning, when the loss does not stay finite.
         """
-        start = time.perf_counter()
+        start = clock.now()
         task, network = self.task, given
         assert task.training is not None
         if self._keep is None:
@@ -98,12 +97,12 @@ class Tuner:
         try:
             copy = training_copy(graph, task.batch, task.types)
             check_training_copy(graph, copy, next(source).inputs, task.threads)
-            left = seconds - (time.perf_counter() - start)
+            left = seconds - (clock.now() - start)
             if self._keep is not None:
                 result = self._grouped(network, copy, names, left, name)
             else:
                 rate = self._found_rate(copy, names, source, RATE_SHARE * left)
-                left = seconds - (time.perf_counter() - start)
+                left = seconds - (clock.now() - start)
                 with (
                     finetune.Trainer(copy, names, loss, task.threads) as trainer,
                     contextlib.closing(finetune.prefetched(source)) as ahead,
@@ -122,7 +121,7 @@ class Tuner:
         except TrainingError as error:
             self.warnings.append(f"{name}: {error}; the candidate is dropped")
             return None
-        spent = time.perf_counter() - start
+        spent = clock.now() - start
         count = min(20, len(result.losses))
         self.fine_tunes.append(
             FineTune(

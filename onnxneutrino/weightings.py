@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from onnxneutrino import cost
+from onnxneutrino import clock, cost
 from onnxneutrino.calibrate import Run
 from onnxneutrino.curvature import output_curvature
 from onnxneutrino.data import Inputs
@@ -47,8 +46,8 @@ def output_weightings(task: Task, teacher: Run, seconds: float) -> Mapping[str, 
 
 def _within(batches: Sequence[Inputs], seconds: float) -> Iterator[Inputs]:
     """The first batch, and others until `seconds` are over since it was asked for."""
-    end = time.perf_counter() + seconds
+    end = clock.now() + seconds
     for index, batch in enumerate(batches):
-        if index and time.perf_counter() > end:
+        if index and clock.now() > end:
             return
         yield batch

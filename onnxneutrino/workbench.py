@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from onnxneutrino import cost, metrics
+from onnxneutrino import clock, cost, metrics
 from onnxneutrino.allocate import Option
 from onnxneutrino.calibrate import calibrate, images_needed, in_place
 from onnxneutrino.factors import Moments
@@ -149,7 +148,7 @@ class Workbench:
             batches,
             images,
             task.seed,
-            time.perf_counter() + seconds,
+            clock.now() + seconds,
             lambda done: self._tell(f"calibrating, {done} of {images} inputs", min(done / images, 1.0)),
             task.threads,
             self._rows_wanted,
@@ -177,7 +176,7 @@ class Workbench:
 
     def realize(self, source: Candidate | None, choices: Mapping[str, Option], name: str) -> Candidate:
         """Factors of the plan, refitted to the original's outputs, and the divergence."""
-        start = time.perf_counter()
+        start = clock.now()
         fitted = self._fitted(source)
         factors = chains(fitted, choices, self.task.threads)
         made = [Network(factors, {} if source is None else source.network.arrays)]
@@ -192,7 +191,7 @@ class Workbench:
             cost=self.task.rest + sum(option.cost for option in choices.values()),
             divergence=divergence,
             trained=0.0 if source is None else source.trained,
-            seconds=time.perf_counter() - start,
+            seconds=clock.now() - start,
         )
 
     def _refitted(self, network: Network, name: str) -> Network:
@@ -242,23 +241,23 @@ class Workbench:
 
     def measured(self, candidate: Candidate) -> Candidate:
         """With its drop on the deciding images."""
-        start = time.perf_counter()
+        start = clock.now()
         self._tell(f"{candidate.name}: measuring", 0.0)
         task = self.task
         rows = metric_rows(task, candidate.network, task.select)
         drop = metrics.drop(task.metric, task.original_rows, rows, seed=task.seed)
-        spent = time.perf_counter() - start
+        spent = clock.now() - start
         return dataclasses.replace(candidate, drop=drop, seconds=candidate.seconds + spent)
 
     def trained(self, candidate: Candidate, seconds: float, name: str, hopeless: float = math.inf) -> Candidate | None:
         """Fine-tune all that can be trained; None, with a warning, when the loss does not stay finite."""
-        start = time.perf_counter()
+        start = clock.now()
         network = self.tuner.tuned(
             candidate.network, seconds, name, hopeless, lambda learned: self._mended(learned, name)
         )
         if network is None:
             return None
-        spent = time.perf_counter() - start
+        spent = clock.now() - start
         return dataclasses.replace(
             candidate,
             name=name,

@@ -11,7 +11,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnxneutrino
-from onnxneutrino import conductor, graph, large, weights, workbench
+from onnxneutrino import conductor, graph, large, tuning, weights
 from onnxneutrino.blocks import Block
 from onnxneutrino.conductor import compress_file
 from onnxneutrino.config import Config, DataConfig
@@ -86,7 +86,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stored chain that counts as large, trained two blocks at a time at most."""
     for module in ("weights", "normalize"):
         monkeypatch.setattr(f"onnxneutrino.{module}.LARGE_MODEL_BYTES", 2 * BYTES)
-    monkeypatch.setattr(workbench, "GROUP_BYTES", BYTES // 4)
+    monkeypatch.setattr(tuning, "GROUP_BYTES", BYTES // 4)
     onnx.save(chain(), tmp_path / "in.onnx", save_as_external_data=True, location="in.data", size_threshold=100)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
