@@ -18,7 +18,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ MINIMUM_OPSET = 13
 WARMUP_SHARE = 0.05
 MAX_GRADIENT_NORM = 1.0
 TIMED_STEPS = 4
+READINGS = 40
 REFRESHES = 10
 DEFAULT_RATE = 1e-3
 RATES = (2e-4, 1e-2)
@@ -297,7 +298,9 @@ def fine_tune(
     refresh: Callable[[Arrays], None] | None = None,
     hopeless: Callable[[Arrays], bool] | None = None,
 ) -> Trained:
-    """Train for about `seconds`: the first steps are timed at rate zero and fix the number of steps.
+    """Train for about `seconds`: the first steps are timed at rate zero and give the number of steps.
+
+    That number follows the clock: what else uses the cores shortens or lengthens the schedule, not the run.
 
     Args:
         trainer: the artifacts.
@@ -312,26 +315,34 @@ def fine_tune(
     Raises:
         TrainingError: the loss or a trained array is not finite.
     """
-    start = clock.now()
+    start = begun = clock.now()
+    given = steps
     if steps is None:
         trainer.step(next(examples), 0.0)
         timed = clock.now()
         for _ in range(TIMED_STEPS):
             trainer.step(next(examples), 0.0)
-        now = clock.now()
-        steps = max(1, int((seconds - (now - start)) / ((now - timed) / TIMED_STEPS)))
+        begun = clock.now()
+        steps = max(1, int((seconds - (begun - start)) / ((begun - timed) / TIMED_STEPS)))
     schedule = Schedule(steps, trainer.batch, learning_rate)
+    between_readings, between_looks = max(1, steps // READINGS), max(1, steps // REFRESHES)
     losses: list[float] = []
     told = time.perf_counter()
-    for step in range(steps):
-        if refresh is not None and step and step % max(1, steps // REFRESHES) == 0:
+    while (step := len(losses)) < schedule.steps:
+        if given is None and step and step % between_readings == 0:
+            now = clock.now()
+            left = (seconds - (now - start)) / ((now - begun) / step)
+            schedule = replace(schedule, steps=step + max(1, int(left)))
+        if refresh is not None and step and step % between_looks == 0:
             refresh(trainer.arrays())
-        if hopeless is not None and step and step == steps // 2 and hopeless(trainer.arrays()):
-            break
+        if hopeless is not None and step and step >= schedule.steps // 2:
+            if hopeless(trainer.arrays()):
+                break
+            hopeless = None
         losses.append(trainer.step(next(examples), schedule.rate(step)))
         if time.perf_counter() - told > 1.0:
             told = time.perf_counter()
-            report(step + 1, steps, float(np.mean(losses[-20:])))
+            report(step + 1, schedule.steps, float(np.mean(losses[-20:])))
     arrays = trainer.arrays()
     for name, array in arrays.items():
         if not np.isfinite(array).all():  # what the last step did shows in no loss

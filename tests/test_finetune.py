@@ -18,7 +18,7 @@ from onnx import ModelProto, numpy_helper
 from onnx.parser import parse_model
 from onnx.reference import ReferenceEvaluator
 
-from onnxneutrino import finetune
+from onnxneutrino import clock, finetune
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.finetune import Example, Schedule, Trainer, fine_tune, prefetched
 from onnxneutrino.graph import arrays, with_arrays
@@ -345,6 +345,21 @@ def test_the_step_count_follows_from_the_seconds() -> None:
         trained = fine_tune(trainer, slow(), seconds=1.0, learning_rate=1e-3)
         assert 2 <= trained.schedule.steps <= 50
         assert fine_tune(trainer, slow(), seconds=-1.0, learning_rate=1e-3).schedule.steps == 1
+
+
+@pytest.mark.parametrize(("pace", "expected"), [(0.1, 100), (0.2, 50), (0.05, 200)])
+def test_the_schedule_follows_the_clock(pace: float, expected: int) -> None:
+    """Four steps of 0.1 s promise 100 in ten seconds; then a step takes `pace`."""
+    model = filled(NETS["small"])
+    readings = [0.0, 0.1, 0.5, *(0.5 + 2 * (i + 1) * pace for i in range(200))]
+    drawn = (example(model, False, seed=seed) for seed in itertools.count())
+    with (
+        Trainer(training_copy(model, BATCH), weights_of(model), VALUES, 1) as trainer,
+        clock.recording(readings) as tape,
+    ):
+        trained = fine_tune(trainer, drawn, seconds=10.5, learning_rate=1e-3)
+    assert len(trained.losses) == trained.schedule.steps == pytest.approx(expected, abs=2)
+    assert trained.seconds == tape.readings[-1]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 200])
