@@ -12,9 +12,10 @@ from models_drawn import drawn, random
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
-from onnxneutrino import finetune
+from onnxneutrino import blocked_layout, finetune, gradient_graph
+from onnxneutrino.blocked_layout import BLOCKED, channel_block
 from onnxneutrino.finetune import Example, Trainer
-from onnxneutrino.gradient_graph import channel_block, faster_gradients
+from onnxneutrino.gradient_graph import faster_gradients
 from onnxneutrino.losses import Loss
 from onnxneutrino.runtime import Runner
 from onnxneutrino.training_copy import training_copy
@@ -106,6 +107,61 @@ DEPTHWISE = {
 }
 
 
+# X, W, strides, pads, dilations; and whether ConvGrad still gives dW: batches in whole blocks of any processor, or not.
+CORRELATED = {
+    "3x3": ((16, 8, 6, 5), (12, 8, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
+    "1x3, two blocks of images": ((32, 8, 4, 8), (8, 8, 1, 3), (1, 1), (0, 1, 0, 1), (1, 1), False),
+    "asymmetric": ((16, 8, 4, 5), (20, 8, 2, 4), (1, 1), (1, 2, 0, 1), (1, 1), False),
+    "valid": ((16, 8, 6, 6), (8, 8, 3, 3), (1, 1), (0, 0, 0, 0), (1, 1), False),
+    "dilated": ((16, 8, 7, 6), (8, 8, 3, 3), (1, 1), (2, 1, 2, 1), (2, 1), False),
+    "pads beyond the kernel": ((16, 8, 5, 5), (8, 8, 2, 2), (1, 1), (2, 0, 0, 0), (1, 1), False),
+    "kernel as large as the map": ((16, 12, 4, 4), (8, 12, 4, 4), (1, 1), (0, 0, 0, 0), (1, 1), False),
+    "stride 2": ((16, 16, 8, 8), (8, 16, 3, 3), (2, 2), (1, 1, 1, 1), (1, 1), False),
+    "stride 3x2, dilated, a rest unread": ((16, 16, 9, 10), (8, 16, 2, 3), (3, 2), (0, 0, 0, 0), (2, 1), False),
+    "kernels from X": ((16, 16, 5, 5), (6, 16, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), False),
+    "kernels from X, asymmetric, dilated": ((16, 16, 5, 6), (5, 16, 2, 3), (1, 1), (0, 2, 1, 1), (1, 2), False),
+    "channels in no whole fours": ((16, 6, 5, 5), (7, 6, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), True),
+    "images in no whole blocks": ((10, 8, 5, 5), (8, 8, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), True),
+    "1x1": ((16, 8, 5, 5), (8, 8, 1, 1), (1, 1), (0, 0, 0, 0), (1, 1), True),
+    "large map": ((16, 64, 34, 34), (64, 64, 3, 1), (1, 1), (1, 0, 1, 0), (1, 1), True),
+}
+# X, W, strides, pads, dilations; channels of any processor's blocks, and those that fill one.
+IN_BLOCKS = {
+    "3x3": ((2, 16, 6, 5), (32, 16, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+    "filled blocks": ((2, 28, 5, 7), (44, 28, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+    "1x3, asymmetric": ((3, 28, 5, 7), (28, 28, 1, 3), (1, 1), (0, 2, 0, 0), (1, 1)),
+    "dilated, valid": ((2, 16, 16, 15), (16, 16, 3, 3), (1, 1), (0, 0, 0, 0), (2, 1)),
+    "stride 2x1": ((2, 16, 9, 8), (16, 16, 3, 3), (2, 1), (1, 1, 1, 1), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("case", CORRELATED)
+def test_dense_weight_gradients_equal_convgrad(case: str) -> None:
+    *geometry, stock = CORRELATED[case]
+    made = assert_same(*conv_pair(*geometry, 1, ("dw", "db")))  # type: ignore[arg-type]
+    assert kinds(made)["ConvGrad"] == int(stock or not channel_block())
+
+
+@pytest.mark.parametrize("case", IN_BLOCKS)
+def test_dense_convs_in_blocks_equal_the_stock_ones(case: str) -> None:
+    geometry = IN_BLOCKS[case]
+    made = assert_same(*conv_pair(*geometry, 1, ("dx",)))
+    convs = [node.domain for node in made.graph.node if node.op_type == "Conv"]
+    expected = 2 if max(geometry[2]) == 1 else 1
+    assert convs == [BLOCKED if channel_block() else ""] * expected
+
+
+def test_a_processor_without_blocks_keeps_the_usual_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (gradient_graph, blocked_layout):
+        monkeypatch.setattr(module, "channel_block", lambda: 0)
+    for geometry, group in (
+        (CORRELATED["3x3"][:-1], 1),
+        ((*DEPTHWISE["3x3"][:1], (32, 1, 3, 3), *DEPTHWISE["3x3"][2:]), 32),
+    ):
+        made = assert_same(*conv_pair(*geometry, group))  # type: ignore[arg-type]
+        assert BLOCKED not in {node.domain for node in made.graph.node}
+
+
 @pytest.mark.parametrize("case", DENSE)
 def test_dense_gradients_equal_convgrad(case: str) -> None:
     *geometry, stock = DENSE[case]
@@ -176,11 +232,28 @@ NET = """
 """
 
 
-def test_a_trainer_gives_the_gradients_of_the_stock_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = drawn(NET, scaled=True)
+# A stretch that stays blocked, forward and backward, with a residual, a pool and channels that fill a block.
+STRETCH = """
+    net (float[N,3,8,8] x) => (float[N,5] y)
+    <float[28,3,3,3] w0, float[28] b0, float[44,28,3,3] w1, float[44] b1, float[28,44,3,3] w2, float[28] b2,
+     float[28,28,3,1] w3, float[28] b3, float[28,28,1,3] w4, float[5,28] w5, float[5] b5>
+    {
+        a = Conv <pads = [1,1,1,1]> (x, w0, b0)  r = Relu (a)
+        c = Conv <pads = [1,1,1,1]> (r, w1, b1)  s = Relu (c)
+        d = Conv <pads = [1,1,1,1]> (s, w2, b2)  e = Add (d, r)  t = Relu (e)
+        p = MaxPool <kernel_shape = [2,2], strides = [2,2]> (t)
+        f = Conv <pads = [1,0,1,0]> (p, w3, b3)  g = Conv <pads = [0,1,0,1]> (f, w4)  h = Add (g, p)  u = Relu (h)
+        m = GlobalAveragePool (u)  v = Flatten (m)  y = Gemm <transB = 1> (v, w5, b5)
+    }
+"""
+
+
+def gradients_both_ways(text: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> ModelProto:
+    """The rewritten graph of a Trainer, whose gradients are those of the stock graph."""
+    model = drawn(text, scaled=True)
     names = [tensor.name for tensor in model.graph.initializer]
-    copy = training_copy(model, 16)
-    example = Example({"x": random(16, 3, 8, 8)}, [random(16, 5, seed=1)], None)
+    copy = training_copy(model, batch)
+    example = Example({"x": random(batch, 3, 8, 8)}, [random(batch, 5, seed=1)], None)
     seen: list[ModelProto] = []
 
     def watched(given: ModelProto) -> ModelProto:
@@ -197,7 +270,29 @@ def test_a_trainer_gives_the_gradients_of_the_stock_graph(monkeypatch: pytest.Mo
     for name in names:
         assert np.linalg.norm(found[name] - expected[name]) <= 1e-4 * np.linalg.norm(expected[name]), name
     (graph,) = seen
+    return graph
+
+
+def test_a_trainer_gives_the_gradients_of_the_stock_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = gradients_both_ways(NET, 16, monkeypatch)
     assert not kinds(graph)["ReluGrad"]
-    # dW of the dense ones is left: w0, w3 and w4, with dX of the strided w4.
+    # dX and dW of the strided w4 are left, and dW of w3, which is 1x1.
     left = [node for node in graph.graph.node if node.op_type == "ConvGrad"]
-    assert [bool(node.output[0]) for node in left] == [True, False, False] or not channel_block()
+    assert [bool(node.output[0]) for node in left] == [True, False] or not channel_block()
+
+
+@pytest.mark.parametrize("batch", [16, 3])
+def test_a_stretch_of_a_network_stays_blocked(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = gradients_both_ways(STRETCH, batch, monkeypatch)
+    if not channel_block():
+        pytest.skip("no blocked layout on this processor")
+    found = Counter((node.op_type, node.domain) for node in graph.graph.node)
+    # w1 to w4 forward and for dX; their dW where the batch makes whole blocks.
+    assert found["Conv", BLOCKED] == (12 if batch == 16 else 8)
+    makers = {name: node.op_type for node in graph.graph.node for name in node.output}
+    again = [node for node in graph.graph.node if makers.get(node.input[0]) == "ReorderOutput"]
+    assert "ReorderInput" not in {node.op_type for node in again}
+    # Both Relus of a stretch, and the Add before the second, are made of blocked maps.
+    made = {makers.get(name) for node in graph.graph.node if node.op_type == "Relu" for name in node.input}
+    assert {"Conv", "Add"} <= made
+    assert not any(node.op_type == "Relu" for node in again)
