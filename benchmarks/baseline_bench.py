@@ -24,6 +24,7 @@ from onnxneutrino.candidates import point, whole_point
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.factors import Factors
 from onnxneutrino.forms import full_ranks
+from onnxneutrino.layer_options import Objective
 from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Choice, Layer
 from onnxneutrino.probe import divergence, probe_batches
@@ -245,7 +246,7 @@ class Baseline:
         return found
 
 
-def layer_cost(layer: Layer, choice: Choice | None, objective: str) -> float:
+def layer_cost(layer: Layer, choice: Choice | None, objective: Objective) -> float:
     """Params or MACs of a layer in a form; as it is for None."""
     own = whole_point(layer) if choice is None else point(layer, choice)
     return float(own.macs if objective == "macs" else own.params)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from onnxneutrino import metrics
 from onnxneutrino.forms import full_ranks
+from onnxneutrino.layer_options import Objective
 from onnxneutrino.plan import Choice, Form, Layer
 from onnxneutrino.prepare import evaluate
 from onnxneutrino.task import Network, Task, build
@@ -78,7 +79,7 @@ def ratios_at(table: Mapping[str, NDArray[np.float64]], thresholds: list[float],
     return found
 
 
-def ratio_choice(layer: Layer, ratio: float, objective: str) -> Choice:
+def ratio_choice(layer: Layer, ratio: float, objective: Objective) -> Choice:
     """The largest rank at which the layer costs at most `ratio` of what it does; at least 1, full rank for 1."""
     shape = layer.weight.shape
     convolution = layer.kind != "map" and len(shape) == 4 and min(shape[2:]) > 1

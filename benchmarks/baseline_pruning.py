@@ -29,7 +29,7 @@ from baseline_torch import Net, converted, exported
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxneutrino import conductor, cost, finetune, metrics, prepare, summary, task, tuning
+from onnxneutrino import choice, conductor, cost, finetune, metrics, prepare, summary, task, tuning
 from onnxneutrino.errors import ModelError, TrainingError
 from onnxneutrino.finetune import Example, prefetched
 from onnxneutrino.graph import load
@@ -78,7 +78,7 @@ def in_place(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(conductor, "Workbench", made))
         stack.enter_context(mock.patch.object(conductor, "with_training", untested))
-        for module in (conductor, summary, tuning, baseline_bench):
+        for module in (choice, conductor, summary, tuning, baseline_bench):
             stack.enter_context(mock.patch.object(module, "build", built))
         yield
 

@@ -53,10 +53,11 @@ def compress(
         model: a path, beside which a TOML file may describe the data, or a model.
         progress: called with events.
         **options: those of the command line and the keys of the TOML file, with underscores: `data`, `delta`,
-            `metric`, `time_limit` (seconds or "15m"), `stage`, `objective`, `exclude`, `layout`, `scale` ...
+            `metric`, `time_limit` (seconds or "15m"), `stage`, `objective`, `max_params` (a number or "200k"),
+            `exclude`, `layout`, `scale` ...
 
     Returns:
-        The compressed model and the report.
+        The compressed model and the report; `report.missed()` lists the hard targets that were not met.
 
     Raises:
         NeutrinoError: see `onnxneutrino.errors`.

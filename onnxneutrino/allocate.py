@@ -23,11 +23,15 @@ CELLS = 2048
 
 @dataclass(frozen=True)
 class Option:
-    """What can become of one layer: `choice` None keeps it; `cost` in any unit, losses add up."""
+    """What can become of one layer: `choice` None keeps it; `cost` in any unit, losses add up.
+
+    `costs` holds a number for every budget where there are several, see `budgets`.
+    """
 
     choice: Choice | None
     cost: float
     loss: float
+    costs: tuple[float, ...] = ()
 
 
 def allocate(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, Option]:

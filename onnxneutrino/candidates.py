@@ -7,7 +7,7 @@ plan that is chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from onnxneutrino.allocate import Option, ladder
@@ -38,7 +38,10 @@ Cost = Callable[[Point], float]
 
 
 def candidates(
-    layer: Layer, decompositions: Mapping[Form, Decomposition], measured: Cost | None = None
+    layer: Layer,
+    decompositions: Mapping[Form, Decomposition],
+    measured: Cost | None = None,
+    counted: bool = False,
 ) -> tuple[Point, ...]:
     """The layer as it is, then every form but `cp` on a grid of ranks.
 
@@ -49,12 +52,17 @@ def candidates(
         decompositions: its fits.
         measured: the time of every point where time is what counts: ranks are then those at which the runtime is
             fast, and chains that save less than a tenth of the layer's time are left out.
+        counted: time is not all that counts: chains that save a quarter in params or MACs stay, whatever time they
+            take, where it is known.
     """
     whole = whole_point(layer)
     points = [whole]
 
     def gains(tried: Point) -> bool:
-        return _gains(tried, whole) if measured is None else measured(tried) <= MEASURED_GAIN * measured(whole)
+        if measured is None:
+            return _gains(tried, whole)
+        time = measured(tried)
+        return time <= MEASURED_GAIN * measured(whole) or (counted and math.isfinite(time) and _gains(tried, whole))
 
     for form, decomposition in decompositions.items():
         if form == "cp":
@@ -67,9 +75,21 @@ def candidates(
     return tuple(points)
 
 
-def options(points: tuple[Point, ...], cost: Cost, sensitivity: float = 1.0) -> list[Option]:
-    """Options for `allocate`: cost by the caller's measure, loss `sensitivity · error`; no dominated ones."""
-    return ladder([Option(p.choice, cost(p), sensitivity * p.error) for p in points])
+def options(
+    points: tuple[Point, ...], cost: Cost, sensitivity: float = 1.0, parts: Sequence[Cost] = ()
+) -> list[Option]:
+    """Options for `allocate`: cost by the caller's measure, loss `sensitivity · error`; no dominated ones.
+
+    With `parts`, the costs that have budgets of their own, an option is dominated only where all of them are.
+    """
+    found = [Option(p.choice, cost(p), sensitivity * p.error, tuple(part(p) for part in parts)) for p in points]
+    if len(parts) < 2:
+        return ladder(found)
+    kept: list[Option] = []
+    for own in sorted(found, key=lambda option: (option.loss, option.cost)):
+        if not any(all(a <= b for a, b in zip(other.costs, own.costs, strict=True)) for other in kept):
+            kept.append(own)
+    return sorted(kept, key=lambda option: (option.cost, option.loss))
 
 
 def cp_challenger(layer: Layer, chosen: Option, cp: Decomposition, cost: Cost, sensitivity: float = 1.0) -> Option:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from onnxneutrino import clock
 from onnxneutrino.candidates import fast_ranks, next_fast, rank_axes
 from onnxneutrino.chain_graph import INPUT, drawn, input_shape, layer_graph
 from onnxneutrino.forms import applicable
@@ -125,18 +126,19 @@ def measure(
         threads: of the runtime.
         seconds: to spend; exceeded where even the coarsest grid with the fewest runs takes longer.
     """
-    end = time.perf_counter() + seconds
+    end = clock.now() + seconds
     places = {own.key: own for layer in layers for use in layer.uses for own in [_Place(use)]}
     network, wholes = _wholes(model, inputs, places, threads, WHOLE_SHARE * seconds)
     measured: dict[tuple[object, ...], LayerTimes] = {}
     pace = 1.0  # how much longer than estimated the measurements take
     for key, own in places.items():
-        left, start = max(end - time.perf_counter(), 0.0), time.perf_counter()
+        start = clock.now()
+        left = max(end - start, 0.0)
         needs = [sum(places[k].seconds(grid, wholes[k]) for k in places if k not in measured) for grid in GRIDS]
         grid = next((grid for grid, need in zip(GRIDS, needs, strict=True) if pace * need <= left), GRIDS[-1])
         measured[key] = own.measured(grid, threads, wholes[key])
         estimate = own.seconds(grid, wholes[key])
-        pace = max((time.perf_counter() - start) / estimate, 1.0) if own.points(grid) else pace
+        pace = max((clock.now() - start) / estimate, 1.0) if own.points(grid) else pace
     times = {layer.name: _summed([measured[_Place(use).key] for use in layer.uses]) for layer in layers}
     total = math.fsum(own.whole for own in times.values())
     if total > network:
@@ -164,7 +166,7 @@ def timed(
                 start = time.perf_counter()
                 runner(own)
                 series.append((time.perf_counter() - start) * 1000.0)
-    return [float(np.quantile(series, QUANTILE)) for series in times]
+    return [clock.noted(float(np.quantile(series, QUANTILE))) for series in times]
 
 
 def _wholes(

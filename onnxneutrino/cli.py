@@ -22,6 +22,7 @@ from onnxneutrino.errors import NeutrinoError, OutputError, UsageError
 
 PIPE_WIDTH = 240
 ERROR_TEXT = 240
+TARGET_MISSED = 3  # exit code: a hard target could not be met within delta; the best model found is written
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -113,9 +114,14 @@ def main() -> None:
 @main.command()
 @click.argument("source", metavar="IN.ONNX", type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT.ONNX", type=click.Path(path_type=Path))
-@click.option("--delta", type=float, help="Largest drop, in the metric's units; default 1.")
+@click.option("--delta", type=float, help="Largest drop, in the metric's units; default 1, any with a --max option.")
 @click.option("--stage", type=click.IntRange(1, 2), help="Stop after stage 1, or go through both; default 2.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), help="What to make small; default params.")
+@click.option("--max-params", metavar="COUNT", help="Hard target, such as 200k: the least drop at that many.")
+@click.option("--max-macs", metavar="COUNT", help="Hard target, such as 5M; several targets hold together.")
+@click.option("--max-size", metavar="BYTES", help="Hard target, such as 500KB or 1.5MiB.")
+@click.option("--max-memory", metavar="BYTES", help="Hard target, such as 1MB, weights and activations.")
+@click.option("--max-latency", metavar="TIME", help="Hard target, such as 2ms, on this machine.")
 @click.option("--time-limit", type=Duration(), help="For everything, such as 15m; default 30m.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these nodes alone; repeatable.")
 @click.option("--only", multiple=True, metavar="PATTERN", help="Factorize these nodes only; repeatable.")
@@ -144,6 +150,10 @@ def compress(source: Path, target: Path, quiet: bool, json_file: str | None, deb
         if not config.dry_run and json_file != "-":
             click.echo(f"Wrote {target} and {target.with_suffix('.report.json')}.")
         emit(json_file, report.to_json())
+        missed = "" if config.dry_run else console.missed(report)
+        if missed:
+            click.echo(f"onnxneutrino: {missed}", err=True)
+            sys.exit(TARGET_MISSED)
 
     run(work, json_file, debug)
 

@@ -17,29 +17,31 @@ from onnx import ModelProto
 from threadpoolctl import threadpool_limits
 
 from onnxneutrino import cost, large, metrics, prepare
-from onnxneutrino.candidates import whole_point
 from onnxneutrino.chain_latency import LatencyTable, measure
+from onnxneutrino.choice import choose
 from onnxneutrino.config import Config
 from onnxneutrino.data import Dataset, Deciding, Inputs, deciding
 from onnxneutrino.errors import ModelError, OutputError, TrainingError
+from onnxneutrino.figures import figures, rest_cost
 from onnxneutrino.formats import format_metric
-from onnxneutrino.graph import TensorType, check, check_writable, load, save
-from onnxneutrino.layer_options import Objective, cost_unit
+from onnxneutrino.graph import check, check_writable, load, save
+from onnxneutrino.layer_options import GOAL, Objective, Target
 from onnxneutrino.normalize import normalize
 from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Frozen, Layer
-from onnxneutrino.report import CandidateRow, Event, Report
+from onnxneutrino.report import CandidateRow, Event, Report, TargetRow
 from onnxneutrino.runtime import Runner, random_inputs, runtime_conflict
-from onnxneutrino.search import Candidate, Settings, accepted, search
-from onnxneutrino.summary import Chosen, candidate_line, candidate_row, make_report, with_file_size
-from onnxneutrino.task import Marked, Network, Task, build, trainable_initializers
+from onnxneutrino.search import Candidate, Settings, search
+from onnxneutrino.summary import candidate_line, candidate_row, make_report, with_file_size
+from onnxneutrino.target_search import search_targets
+from onnxneutrino.task import FineTune, Marked, Network, Task, build, trainable_initializers
 from onnxneutrino.training_plan import plan_training
-from onnxneutrino.weights import stored_bytes
 from onnxneutrino.workbench import Workbench
 
 Tell = Callable[[Event], None]
 CALIBRATION_SHARE = 0.1
 LATENCY_SHARE = 0.03
+LARGE_DROP = 0.1  # of the original's metric
 SAMPLES = 3
 VERIFICATIONS = 3
 VERIFY_SECONDS = 5.0
@@ -138,36 +140,31 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     value = metrics.value(metric, rows)
     prepare.check_not_chance(value, metric, opened, config)
     clock.tell("", f"{name}: {metric.name} {format_metric(value)} on {len(rows)} test examples")
-    task = make_task(marked, config, metric, dataset, judges, rows, batch)
-    if config.trainer != "none":
-        clock.phase("check gradients")
-        task = with_training(task, config, warnings)
-    warnings.extend(large.notes(task.layers, task.training is not None))
-    clock.phase("calibrate")
-    bench = Workbench(task, CALIBRATION_SHARE * config.time_limit, lambda what, share: clock.tell(what))
-    reserve = VERIFICATIONS * evaluation_seconds + VERIFY_SECONDS
+    objective = make_objective(marked, config, judges, clock)
+    task = make_task(marked, config, metric, dataset, judges, rows, batch, objective)
     settings = Settings(
-        delta=config.delta,
+        delta=config.largest_drop,
         z=NormalDist().inv_cdf(config.confidence),
         stage=config.stage,
         time_limit=config.time_limit,
-        train=task.training is not None,
+        train=config.trainer != "none",
         dry_run=config.dry_run,
         seed=config.seed,
+        goal=GOAL if config.limits else 0.0,
+        large_drop=LARGE_DROP * abs(value),
     )
-    clock.phase("search")
-    tried: list[CandidateRow] = []
-
-    def note(candidate: Candidate, ok: bool) -> None:
-        tried.append(candidate_row(candidate, ok, task, value))
-        clock.tell("", candidate_line(candidate, ok, bench.full_cost))
-
-    candidates = search(bench, settings, lambda: clock.left - reserve, note)
+    reserve = VERIFICATIONS * evaluation_seconds + VERIFY_SECONDS
+    found = Found()
+    if isinstance(objective, tuple) and max(figures(task, objective, {})) <= GOAL:
+        clock.tell("", f"{name} meets all hard targets as it is")
+    else:
+        if settings.train:
+            clock.phase("check gradients")
+            task = with_training(task, config, warnings)
+        found = _searched(task, dataclasses.replace(settings, train=task.training is not None), value, reserve, clock)
     clock.phase("verify")
-    warnings.extend(bench.tuner.warnings)
-    if settings.train and not (config.dry_run or bench.tuner.fine_tunes or bench.tuner.warnings):
-        warnings.append(f"no network was fine-tuned: --time-limit {config.time_limit:g}s left no time; give more")
-    chosen = choose(candidates, settings, task, rows, judges, warnings)
+    warnings.extend(found.warnings)
+    chosen = choose(found.candidates, settings, task, rows, judges, opened.model, warnings)
     report = make_report(
         opened,
         marked,
@@ -177,13 +174,49 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
         chosen,
         rows,
         size_bytes,
-        tuple(tried),
-        bench.tuner.fine_tunes,
+        found.rows,
+        found.fine_tunes,
         tuple(warnings),
     )
+    least = found.least or [None] * len(config.limits)
+    targets = tuple(TargetRow(*limit, own) for limit, own in zip(config.limits.items(), least, strict=True))
     clock.phase("")
     final = None if config.dry_run else build(task, chosen.network)
-    return Result(final, dataclasses.replace(report, seconds=clock.seconds), opened.shapes, chosen.network)
+    report = dataclasses.replace(report, targets=targets, seconds=clock.seconds)
+    return Result(final, report, opened.shapes, chosen.network)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search found; `least` is what the smallest plan has of each hard target's cost."""
+
+    candidates: tuple[Candidate, ...] = ()
+    rows: tuple[CandidateRow, ...] = ()
+    fine_tunes: tuple[FineTune, ...] = ()
+    least: tuple[float, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def _searched(task: Task, settings: Settings, value: float, reserve: float, clock: Clock) -> Found:
+    """Calibrate and search; `value` is the original's metric, `reserve` the seconds that verification takes."""
+    warnings = large.notes(task.layers, task.training is not None)
+    clock.phase("calibrate")
+    bench = Workbench(task, CALIBRATION_SHARE * settings.time_limit, lambda what, share: clock.tell(what))
+    clock.phase("search")
+    tried: list[CandidateRow] = []
+
+    def note(candidate: Candidate, ok: bool) -> None:
+        tried.append(candidate_row(candidate, ok, task, value))
+        clock.tell("", candidate_line(candidate, ok, bench.full_cost))
+
+    find = search_targets if settings.goal else search
+    candidates = find(bench, settings, lambda: clock.left - reserve, note)
+    tuner = bench.tuner
+    warnings = [*warnings, *tuner.warnings]
+    if settings.train and not (settings.dry_run or tuner.fine_tunes or tuner.warnings):
+        warnings.append(f"no network was fine-tuned: --time-limit {settings.time_limit:g}s left no time; give more")
+    least = bench.least_of_targets if settings.goal else ()
+    return Found(tuple(candidates), tuple(tried), tuple(tuner.fine_tunes), least, tuple(warnings))
 
 
 def mark(opened: prepare.Opened, samples: Sequence[Inputs], config: Config) -> Marked:
@@ -226,17 +259,18 @@ def make_task(
     judges: Deciding,
     rows: NDArray[Any],
     batch: int,
+    objective: Objective | None = None,
 ) -> Task:
-    """Put together what stands fixed during the search."""
+    """Put together what stands fixed during the search; without an objective it is the name that `config` has."""
     if judges.select_rows is not None:
         original_rows = rows[judges.select_rows]
     else:
         original_rows = prepare.evaluate(marked.batched, judges.select, metric, batch, config.threads, marked.batched)
-    objective: Objective = config.objective
-    if objective == "latency":
-        example, seconds = prepare.first_examples(judges.select, 1)[0], LATENCY_SHARE * config.time_limit
-        objective = measure(marked.model, marked.layers, example, config.threads, seconds)
-    whole = sum(whole_cost(layer, objective) for layer in marked.layers)
+    objective = config.objective if objective is None else objective
+    if isinstance(objective, tuple):
+        rest = sum(target.rest / target.limit for target in objective)
+    else:
+        rest = rest_cost(marked, objective)
     return Task(
         model=marked.model,
         batched=marked.batched,
@@ -250,12 +284,27 @@ def make_task(
         select=judges.select,
         original_rows=original_rows,
         objective=objective,
-        rest=total_cost(marked.model, marked.types, objective) - whole,
+        rest=rest,
         batch=min(prepare.training_batch(marked.model, marked.types), len(dataset.train)) if marked.freed else 1,
         evaluation_batch=batch,
         threads=config.threads,
         seed=config.seed,
         labels=config.labels,
+    )
+
+
+def make_objective(marked: Marked, config: Config, judges: Deciding, clock: Clock) -> Objective:
+    """What costs are counted in: the hard targets, else the objective; latencies are measured where they count."""
+    names = tuple(config.limits) or (config.objective,)
+    units: dict[str, str | LatencyTable] = {name: name for name in names}
+    if "latency" in names:
+        clock.phase("measure latencies")
+        example, seconds = prepare.first_examples(judges.select, 1)[0], LATENCY_SHARE * config.time_limit
+        units["latency"] = measure(marked.model, marked.layers, example, config.threads, seconds)
+    if not config.limits:
+        return units[config.objective]
+    return tuple(
+        Target(name, limit, units[name], rest_cost(marked, units[name])) for name, limit in config.limits.items()
     )
 
 
@@ -279,63 +328,6 @@ def with_training(task: Task, config: Config, warnings: list[str]) -> Task:
         return task
     warnings.extend(plan.warnings)
     return dataclasses.replace(task, training=plan)
-
-
-def whole_cost(layer: Layer, objective: Objective) -> float:
-    """Cost of a layer as it is, in the unit of the objective."""
-    return cost_unit(layer, objective)(whole_point(layer))
-
-
-def total_cost(model: ModelProto, types: Mapping[str, TensorType], objective: Objective) -> float:
-    """Cost of a whole graph, in the unit that `cost_unit` counts layers in."""
-    if isinstance(objective, LatencyTable):
-        return objective.total
-    if objective == "size":
-        return float(stored_bytes(model))
-    if objective == "memory":
-        return float(cost.memory_bytes(model, types))
-    if objective == "macs":
-        return float(cost.macs(model, types))
-    return float(cost.params(model))
-
-
-def choose(
-    candidates: Sequence[Candidate],
-    settings: Settings,
-    task: Task,
-    rows: NDArray[Any],
-    judges: Deciding,
-    warnings: list[str],
-) -> Chosen:
-    """The smallest accepted candidate of each stage whose drop on the whole test split is within delta too."""
-
-    def smallest_within(pool: Sequence[Candidate]) -> tuple[Candidate | None, NDArray[Any]]:
-        for candidate in sorted(pool, key=lambda c: c.cost):
-            own = prepare.evaluate(
-                build(task, candidate.network, batched=True),
-                judges.test,
-                task.metric,
-                task.evaluation_batch,
-                task.threads,
-                task.batched,
-            )
-            drop = metrics.drop(task.metric, rows, own, seed=task.seed)
-            if drop.value <= settings.delta:
-                return candidate, own
-            warnings.append(
-                f"{candidate.name} was accepted on the deciding images but drops {drop.value:.2f} on the whole "
-                "test split; the next larger one was taken, so the test split took part in the selection"
-            )
-        return None, rows
-
-    good = [candidate for candidate in candidates if accepted(candidate, settings)]
-    early = [candidate for candidate in good if candidate.stage == 1]
-    first, first_rows = smallest_within(early)
-    if settings.stage == 1:
-        return Chosen(first, first_rows, first, first_rows)
-    later = [candidate for candidate in good if candidate.stage == 2 and (first is None or candidate.cost < first.cost)]
-    second, second_rows = smallest_within(later)
-    return Chosen(first, first_rows, second or first, second_rows if second else first_rows)
 
 
 def compress_file(source: Path, target: Path, config: Config, tell: Tell = lambda event: None) -> Report:

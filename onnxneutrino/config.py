@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxneutrino.errors import UsageError
+from onnxneutrino.quantities import BYTES, COUNTS, MILLISECONDS, parse_quantity
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,6 +27,7 @@ OBJECTIVES = ("params", "macs", "size", "memory", "latency")
 TRAINERS = ("ort", "reconstruct", "none")
 LAYOUTS = ("NCHW", "NHWC")
 AUGMENTATIONS = ("crop4", "hflip")
+DELTA = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,21 @@ class DataConfig:
 class Config:
     """One run. `delta` is in the metric's own units; times are in seconds.
 
-    `metric` is empty where none was asked for: then it is top1, or agreement for data without targets.
+    `metric` is empty where none was asked for: then it is top1, or agreement for data without targets. `delta` is
+    None where none was given, see `largest_drop`. Hard targets are elements, multiply-accumulates, bytes and ms.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
     metric: str = ""
     metric_base: Path = Path(".")
-    delta: float = 1.0
+    delta: float | None = None
     stage: int = 2
     objective: str = "params"
+    max_params: float | None = None
+    max_macs: float | None = None
+    max_size: float | None = None
+    max_memory: float | None = None
+    max_latency: float | None = None
     time_limit: float = 1800.0
     exclude: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
@@ -76,6 +84,19 @@ class Config:
     confidence: float = 0.8
     dry_run: bool = False
     input_shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The hard targets that were given, by the name of the cost."""
+        given = {name: getattr(self, f"max_{name}") for name in OBJECTIVES}
+        return {name: limit for name, limit in given.items() if limit is not None}
+
+    @property
+    def largest_drop(self) -> float:
+        """Delta: as given; without one 1, or any drop where there are hard targets."""
+        if self.delta is not None:
+            return self.delta
+        return math.inf if self.limits else DELTA
 
 
 def toml_path(model_path: Path) -> Path:
@@ -216,6 +237,10 @@ def _seconds(value: Any) -> float:
         raise ValueError(f"must be a duration such as 90s, 15m or 2h, got {value!r}") from None
 
 
+def _quantity(units: Mapping[str, float]) -> Callable[[Any], float]:
+    return lambda value: parse_quantity(value, units)
+
+
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"must be a whole number from 0, got {value!r}")
@@ -299,6 +324,11 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "delta": _not_negative,
     "stage": _choice((1, 2)),
     "objective": _choice(OBJECTIVES),
+    "max_params": _quantity(COUNTS),
+    "max_macs": _quantity(COUNTS),
+    "max_size": _quantity(BYTES),
+    "max_memory": _quantity(BYTES),
+    "max_latency": _quantity(MILLISECONDS),
     "time_limit": _seconds,
     "exclude": _each(_text),
     "only": _each(_text),

@@ -30,20 +30,13 @@ from onnxneutrino.formats import (
     format_shape,
 )
 from onnxneutrino.plan import FORMS
-from onnxneutrino.report import Event, Report, SixMetrics, enhancement, ratio
+from onnxneutrino.report import COST_FIELDS, Event, Report, SixMetrics, TargetRow, enhancement, ratio
 
 WIDTH = 80
 PAUSE = 10.0
 STAGE_NAME = re.compile(rf"/({'|'.join(FORMS)})\.\w+$")
 OUTLOOK_DROP = 3.0  # deltas: about what training brings back
-# The metric that an objective's cost compares with, and its unit; latency counts multiply-accumulates.
-COST_OF = {
-    "params": ("params", "params"),
-    "macs": ("macs", "MACs"),
-    "size": ("size_bytes", "bytes"),
-    "memory": ("memory_bytes", "bytes of memory"),
-    "latency": ("macs", "MACs"),
-}
+UNITS = {"params": "params", "macs": "MACs", "size": "bytes", "memory": "bytes of memory", "latency": "ms"}
 COSTS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("Size", "size_bytes", format_bytes),
     ("MACs", "macs", format_count),
@@ -87,12 +80,10 @@ def summary(report: Report) -> RenderableType:
         table.add_row("Enh.", f"drop {format_metric(gain.drop)}", *ratios)
     lines = [Text(line) for line in _drop_lines(report)]
     if not report.compressed:
-        lines.append(
-            Text(
-                f"No smaller model stays within delta {format_metric(report.delta)}: "
-                "the normalized original was written."
-            )
-        )
+        met = report.targets and not report.missed()
+        within = "" if report.delta is None else f" within delta {format_metric(report.delta)}"
+        why = "The original meets all hard targets" if met else f"No smaller model stays{within}"
+        lines.append(Text(f"{why}: the normalized original was written."))
     lines.extend(Text(line) for line in _block_lines(report))
     lines.extend(Text(f"Warning: {warning}") for warning in report.warnings)
     return Group(table, *lines)
@@ -110,29 +101,33 @@ def _block_lines(report: Report) -> list[str]:
     return [f"{what} learned the original's tensors{why}."]
 
 
+def missed(report: Report) -> str:
+    """One line about the hard targets that the written model does not meet; empty where it meets all."""
+    forms = {attribute: form for _, attribute, form in COSTS}
+
+    def told(row: TargetRow) -> str:
+        form, field = forms[COST_FIELDS[row.name]], COST_FIELDS[row.name]
+        value = f"{row.name} {form(getattr(report.written, field))} instead of {form(row.limit)}"
+        out_of_reach = row.least is not None and row.least > row.limit
+        return f"{value} (the smallest plan has about {form(row.least)})" if out_of_reach else value
+
+    rows = report.missed()
+    within = "" if report.delta is None else f" within delta {format_metric(report.delta)}"
+    what = f"hard target{'s' * (len(rows) > 1)} not met{within}"
+    return f"{what}: {', '.join(map(told, rows))}; the best model found was written" if rows else ""
+
+
 def outlook(report: Report) -> RenderableType:
     """Show what a dry run found and what would follow: the layers, the time, and a rough size within reach."""
     marked = [layer for layer in report.layers if layer.reason is None]
     training = report.settings["trainer"] != "none"
-    goal, within = (OUTLOOK_DROP, "three delta") if training else (1.0, "delta")
-    plans = [row for row in report.candidates if row.drop is not None and row.drop <= goal * report.delta]
-    smallest = min(plans, key=lambda row: row.cost, default=None)
     lines = [
         f"{report.model}: {_short(report.metric_name)} {format_metric(report.original.metric)}, "
         f"{format_count(report.original.params)} params, {format_count(report.original.macs)} MACs.",
         f"{len(marked)} of {len(report.layers)} layers can be factorized, "
         f"{format_count(sum(layer.params_before for layer in marked))} params in them.",
+        _reach(report, training),
     ]
-    if smallest is None:
-        tried = len(report.candidates)
-        lines.append(f"No untrained plan of {tried} is within {within}: little will be gained; try a larger --delta.")
-    else:
-        field, unit = COST_OF[report.objective]
-        gain = format_ratio(ratio(getattr(report.original, field), smallest.cost))
-        lines.append(
-            f"Roughly within reach: {gain} fewer {unit}, the smallest plan whose untrained drop "
-            f"({format_metric(smallest.drop)}) is within {within}."
-        )
     if training:
         spent = sum(report.seconds.values())
         left = max(float(report.settings["time_limit"]) - spent, 0.0)
@@ -142,6 +137,28 @@ def outlook(report: Report) -> RenderableType:
     lines.append("Dry run: nothing was written.")
     lines.extend(f"Warning: {warning}" for warning in report.warnings)
     return Group(*map(Text, lines))
+
+
+def _reach(report: Report, training: bool) -> str:
+    """The size that a dry run's untrained plans promise; with hard targets, what the plan for them loses."""
+    plans = [row for row in report.candidates if row.drop is not None]
+    if report.targets:
+        if not plans:
+            return "The original meets all hard targets."
+        nearest = min(plans, key=lambda row: row.cost)
+        kept = "meets" if nearest.cost <= 1 else f"comes to {nearest.cost:.2f} times"
+        return f"The plan for the hard targets {kept} them, untrained with a drop of {format_metric(nearest.drop)}."
+    assert report.delta is not None
+    goal, within = (OUTLOOK_DROP, "three delta") if training else (1.0, "delta")
+    close = [row for row in plans if row.drop is not None and row.drop <= goal * report.delta]
+    if not close:
+        return f"No untrained plan of {len(plans)} is within {within}: little will be gained; try a larger --delta."
+    smallest = min(close, key=lambda row: row.cost)
+    gain = format_ratio(ratio(getattr(report.original, COST_FIELDS[report.objective]), smallest.cost))
+    return (
+        f"Roughly within reach: {gain} fewer {UNITS[report.objective]}, the smallest plan whose untrained drop "
+        f"({format_metric(smallest.drop)}) is within {within}."
+    )
 
 
 def layer_table(layers: Sequence[AnalyzedLayer]) -> RenderableType:
@@ -253,7 +270,8 @@ def _drop_lines(report: Report) -> list[str]:
     lines = []
     if report.drop_interval is not None:
         whole = format_interval(report.drop_interval)
-        lines.append(f"Drop on the whole test split: {whole}, delta {format_metric(report.delta)}.")
+        allowed = "" if report.delta is None else f", delta {format_metric(report.delta)}"
+        lines.append(f"Drop on the whole test split: {whole}{allowed}.")
     if report.drop_select is not None:
         source = report.deciding.source if report.deciding else "the deciding images"
         lines.append(f"Decided on {source}: {format_interval(report.drop_select)}.")

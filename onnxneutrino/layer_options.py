@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnxneutrino import weights
 from onnxneutrino.allocate import Option
 from onnxneutrino.candidates import (
+    Cost,
     Point,
     candidates,
     cp_challenger,
@@ -32,17 +33,51 @@ from onnxneutrino.passes.factorize import read_factors, stage_arrays
 from onnxneutrino.plan import Array, Choice, Form, Layer
 
 Keep = Callable[[NDArray[Any]], NDArray[Any]]
-Objective: TypeAlias = str | LatencyTable  # for `latency` the times themselves
 PAIR_STEPS = 12
 STEPS = 24
 CP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
+GOAL = 1.0  # cost of a network that just meets its hard targets: the largest share of a limit
 
 
-def cost_unit(layer: Layer, objective: Objective) -> Callable[[Point], float]:
+@dataclass(frozen=True, eq=False)
+class Target:
+    """An upper bound on one cost of the whole network.
+
+    Attributes:
+        name: of the cost, one of the objectives.
+        limit: in elements, multiply-accumulates, bytes or ms.
+        unit: what layers are counted in: the name, or for `latency` the times themselves.
+        rest: estimated cost of everything that is not a marked layer, in the unit of the limit.
+    """
+
+    name: str
+    limit: float
+    unit: str | LatencyTable
+    rest: float
+
+
+# For `latency` the times themselves; for hard targets these, each cost counted in shares of its limit.
+Objective: TypeAlias = str | LatencyTable | tuple[Target, ...]
+
+
+def cost_parts(layer: Layer, targets: tuple[Target, ...]) -> tuple[Cost, ...]:
+    """How every target counts a layer, in shares of its limit."""
+
+    def part(target: Target) -> Cost:
+        unit = cost_unit(layer, target.unit)
+        return lambda own: unit(own) / target.limit
+
+    return tuple(map(part, targets))
+
+
+def cost_unit(layer: Layer, objective: Objective) -> Cost:
     """How the objective counts a layer: elements, bytes, multiply-accumulates, or the ms that were measured.
 
-    `size` and `memory` count bytes of weights.
+    `size` and `memory` count bytes of weights, hard targets the sum of their shares.
     """
+    if isinstance(objective, tuple):
+        parts = cost_parts(layer, objective)
+        return lambda own: math.fsum(part(own) for part in parts)
     if isinstance(objective, LatencyTable):
         times = objective.layers[layer.name]
         return lambda own: times.ms(own.choice)
@@ -80,7 +115,11 @@ class LayerOptions:
         self.layer = layer
         self.current = current
         self._unit = cost_unit(layer, objective)
-        self._measured = self._unit if isinstance(objective, LatencyTable) else None
+        self._parts = cost_parts(layer, objective) if isinstance(objective, tuple) else ()
+        units = [target.unit for target in objective] if isinstance(objective, tuple) else [objective]
+        table = next((unit for unit in units if isinstance(unit, LatencyTable)), None)
+        self._measured = None if table is None else cost_unit(layer, table)
+        self._counted = len(units) > 1
         self._moments = moments
         self._weighting = weighting
         self._keep = keep
@@ -110,11 +149,13 @@ class LayerOptions:
     def options(self) -> list[Option]:
         """Options, cheapest and worst first; the loss is the relative output error."""
         points = (
-            candidates(self.layer, self.fits, self._measured) if self.current is None else self._smaller(self.current)
+            candidates(self.layer, self.fits, self._measured, self._counted)
+            if self.current is None
+            else self._smaller(self.current)
         )
         self._highest = max((own.choice.ranks[0] for own in points if own.choice is not None), default=0)
         self._release()
-        return options(tuple(points), self._unit)
+        return options(tuple(points), self._unit, parts=self._parts)
 
     def _release(self) -> None:
         """Keep of the fits what every plan needs: a network's layers are all in memory at once."""

@@ -16,6 +16,8 @@ from onnxneutrino.anneal import anneal
 from onnxneutrino.search import Candidate
 
 POWERS = (0.5, 0.0, 1.0)
+# Chooses one of the options of every layer so that the whole network costs at most so much.
+Within = Callable[[Mapping[str, Sequence[Option]], float], Mapping[str, Option]]
 
 
 class Planner(Protocol):
@@ -49,7 +51,14 @@ def predicted(error: float, curve: Callable[[float], float], power: float) -> fl
 
 
 def propose(
-    planner: Planner, source: Candidate | None, cost: float, name: str, seconds: float, swap: bool, seed: int
+    planner: Planner,
+    source: Candidate | None,
+    cost: float,
+    name: str,
+    seconds: float,
+    swap: bool,
+    seed: int,
+    within: Within | None = None,
 ) -> Candidate:
     """The plan of at most `cost` that diverges least from the original, among a few surrogates.
 
@@ -61,6 +70,7 @@ def propose(
         seconds: a further plan is finished while the one before took less than this; 0 for one plan alone.
         swap: consider forms that are dear to compute.
         seed: of the annealing.
+        within: allocates under hard targets; None for one cost, which is the sum of the options' and the rest.
     """
     options, rest = planner.options(source)
     curves = planner.sensitivities()
@@ -71,9 +81,12 @@ def propose(
             layer: [dataclasses.replace(o, loss=predicted(o.loss, curves[layer], power)) for o in own]
             for layer, own in options.items()
         }
-        chosen = allocate(weighted, cost - rest)
-        if source is not None:
-            chosen = anneal(weighted, chosen, cost - rest, seed)
+        if within is not None:
+            chosen = within(weighted, cost)
+        else:
+            chosen = allocate(weighted, cost - rest)
+            if source is not None:
+                chosen = anneal(weighted, chosen, cost - rest, seed)
         # The planner's own options again: a loss in a plan is an error, whatever weighed it here.
         plan = {layer: own_options[layer][option.choice] for layer, option in chosen.items()}
         if plan not in plans:
@@ -86,5 +99,7 @@ def propose(
     best = min(made, key=lambda candidate: candidate.divergence)
     challenged = planner.challenged(best.choices) if swap else best.choices
     if challenged != best.choices:
-        best = min((best, planner.realize(source, challenged, name)), key=lambda candidate: candidate.divergence)
+        swapped = planner.realize(source, challenged, name)
+        if within is None or swapped.cost <= max(cost, best.cost):
+            best = min((best, swapped), key=lambda candidate: candidate.divergence)
     return best

@@ -18,6 +18,15 @@ from typing import Any
 from onnxneutrino.errors import UsageError
 from onnxneutrino.plan import Choice
 
+# The metric that each objective makes small, and each hard target bounds.
+COST_FIELDS = {
+    "params": "params",
+    "macs": "macs",
+    "size": "size_bytes",
+    "memory": "memory_bytes",
+    "latency": "latency_ms",
+}
+
 
 @dataclass(frozen=True)
 class Event:
@@ -101,7 +110,8 @@ class LayerRow:
 class CandidateRow:
     """One plan that was tried.
 
-    `cost` is in the units of the objective; `accepted` is None where the candidate was not judged.
+    `cost` is in the units of the objective, with hard targets the largest share of one that is used; `accepted` is
+    None where the candidate was not judged.
     """
 
     name: str
@@ -149,6 +159,18 @@ class DecidingImages:
 
 
 @dataclass(frozen=True)
+class TargetRow:
+    """One hard target: `name` of the cost, its `limit`, and `least`, what the smallest plan would have of it.
+
+    In elements, multiply-accumulates, bytes or ms; `least` is estimated, None where the original meets all targets.
+    """
+
+    name: str
+    limit: float
+    least: float | None
+
+
+@dataclass(frozen=True)
 class Report:
     """One run; every cost and metric that it states was computed or measured on the written models.
 
@@ -163,7 +185,7 @@ class Report:
         drop: on the whole test split, positive when worse; `drop_interval` the same with its interval.
         drop_select: on the images that decide.
         drop_report: on the images that only report.
-        delta: the largest drop allowed, in the metric's units.
+        delta: the largest drop allowed, in the metric's units; None where hard targets were given without one.
         objective: the cost that was to become smaller.
         compressed: whether the written model is smaller than the normalized original.
         seconds: wall time by phase.
@@ -175,7 +197,7 @@ class Report:
     data: str
     metric_name: str
     original: SixMetrics
-    delta: float
+    delta: float | None
     objective: str
     compressed: bool
     stage1: SixMetrics | None = None
@@ -186,6 +208,7 @@ class Report:
     drop_select: Interval | None = None
     drop_report: Interval | None = None
     deciding: DecidingImages | None = None
+    targets: tuple[TargetRow, ...] = ()
     layers: tuple[LayerRow, ...] = ()
     normalization: tuple[str, ...] = ()
     candidates: tuple[CandidateRow, ...] = ()
@@ -196,6 +219,15 @@ class Report:
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    @property
+    def written(self) -> SixMetrics:
+        """The six metrics of the model that was written."""
+        return self.stage2 or self.stage1 or self.original
+
+    def missed(self) -> tuple[TargetRow, ...]:
+        """The hard targets that the written model does not meet."""
+        return tuple(row for row in self.targets if getattr(self.written, COST_FIELDS[row.name]) > row.limit)
 
     def to_json(self) -> str:
         """Write as JSON: keys in the order of the fields, floats in full, null for NaN and infinity."""

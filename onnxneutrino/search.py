@@ -1,7 +1,7 @@
 """The two stages of the search, pure: cost, training and evaluation come in as a `Bench`.
 
 Stage 1 (exploration): a ladder of plans along the cost, refitted but untrained, shows how fast the network
-gives way; one short fine-tune of a plan whose untrained drop is about two delta tells how much training
+gives way; one short fine-tune of a plan whose untrained drop is about one and a half delta tells how much training
 recovers. Stage 2 (annealing): from the trained weights, smaller plans are settled on the surrogate and by the
 divergence from the original, and only those are trained; what is then left of delta is spent on truncations.
 (Deeplite Neutrino, AAAI 2021, section 3.)
@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from onnxneutrino.allocate import Option
+from onnxneutrino.ladder import NOISE, Ladder
 from onnxneutrino.metrics import Drop
 
 FIRST_RATIO = 1.5
 LADDER_STEP = 1.5
 LADDER_STEPS = 12
+EARLY = 0.25
 LADDER_END = 8.0
 LADDER_SHARE = 0.1
-EXPLORE_DROP = 2.0
-NOISE = 0.05
+EXPLORE_DROP = 1.5
 RECOVERY = 0.3
 AIM = 0.9
 LARGEST_STEP = 2.5
@@ -36,6 +37,7 @@ PLAN_SHARE = 0.05
 SWAP_SHARE = 0.5
 SHARES = {1: (0.15, 0.50), 2: (0.15, 0.23, 0.40)}
 GIVE_BACK_SHARE = 0.06
+TRIM_SHARE = 0.03
 FINEST_RATIO = 1.03
 
 
@@ -107,6 +109,8 @@ class Settings:
         train: False compares untrained plans only.
         dry_run: stop before the first training step.
         seed: of the annealing.
+        goal: cost below which nothing is gained: 1 with hard targets.
+        large_drop: with hard targets, the untrained drop above which a larger network is trained first.
     """
 
     delta: float
@@ -116,6 +120,8 @@ class Settings:
     train: bool
     dry_run: bool
     seed: int
+    goal: float = 0.0
+    large_drop: float = math.inf
 
 
 def accepted(candidate: Candidate, settings: Settings) -> bool:
@@ -127,6 +133,11 @@ def upper(candidate: Candidate, settings: Settings) -> float:
     """Upper bound of the drop on the deciding images, `drop + z · standard error`; infinite while not measured."""
     drop = candidate.drop
     return math.inf if drop is None else drop.value + settings.z * drop.standard_error
+
+
+def drops_by_cost(candidates: Sequence[Candidate]) -> list[tuple[float, float]]:
+    """Cost and drop of those that were measured."""
+    return [(own.cost, own.drop.value) for own in candidates if own.drop is not None]
 
 
 def search(
@@ -153,26 +164,26 @@ def search(
         tell(candidate, accepted(candidate, settings))
         return candidate
 
-    plans = _ladder(bench, settings, time_left, record)
+    plans = walk_ladder(bench, settings, time_left, record)
     if settings.dry_run or not plans:
         return tried
     if not settings.train:
-        _narrow(bench, settings, time_left, record, plans)
+        narrow(bench, settings, time_left, record, plans)
         return tried
     shares = SHARES[settings.stage]
-    ladder = Ladder.of(bench.full_cost, plans, settings.delta)
+    ladder = Ladder.of(bench.full_cost, drops_by_cost(plans), settings.delta)
     explore = min(max(ladder.cost(EXPLORE_DROP * settings.delta), plans[-1].cost), bench.full_cost / FINEST_RATIO)
     swap = time_left() > SWAP_SHARE * settings.time_limit
     first = bench.propose(None, explore, "stage 1, plan", PLAN_SHARE * time_left(), swap)
     first_share = shares[0] * settings.time_limit
-    if _train(bench, settings, first, first_share, time_left, record, "stage 1, first fine-tune", 1) is None:
-        _narrow(bench, settings, time_left, record, plans)
-    _descend(bench, settings, shares[1:], time_left, record, tried, ladder)
-    _trim(bench, settings, time_left, record, tried)
+    if fine_tune(bench, settings, first, first_share, time_left, record, "stage 1, first fine-tune", 1) is None:
+        narrow(bench, settings, time_left, record, plans)
+    descend(bench, settings, shares[1:], time_left, record, tried, ladder)
+    trim(bench, settings, time_left, record, tried)
     return tried
 
 
-def _ladder(
+def walk_ladder(
     bench: Bench,
     settings: Settings,
     time_left: Callable[[], float],
@@ -191,14 +202,14 @@ def _ladder(
             break
         candidate = record(bench.measured(plan))
         ladder.append(candidate)
-        lost = candidate.drop.value if candidate.drop is not None else math.inf
-        if lost > LADDER_END * max(settings.delta, 0.1) or time_left() < allowed or cost <= floor:
+        drop = candidate.drop.value if candidate.drop is not None else math.inf
+        if drop > LADDER_END * max(settings.delta, 0.1) or time_left() < allowed or cost <= floor:
             break
-        ratio *= LADDER_STEP
+        ratio *= LADDER_STEP if drop > EARLY * settings.delta else LADDER_STEP**2
     return ladder
 
 
-def _narrow(
+def narrow(
     bench: Bench,
     settings: Settings,
     time_left: Callable[[], float],
@@ -220,7 +231,7 @@ def _narrow(
             bad = candidate.cost
 
 
-def _train(
+def fine_tune(
     bench: Bench,
     settings: Settings,
     candidate: Candidate,
@@ -230,58 +241,28 @@ def _train(
     name: str,
     stage: int,
 ) -> Candidate | None:
+    """The candidate trained and measured; None where there is no time or training failed."""
     seconds = min(seconds, time_left())
     if seconds <= 0:
         return None
-    result = bench.trained(candidate, seconds, name, HOPELESS * settings.delta)
-    if result is None:
-        return None
-    return record(bench.measured(dataclasses.replace(result, stage=stage)))
+    result = bench.trained(candidate, seconds, name, HOPELESS * settings.delta or math.inf)
+    return None if result is None else record(bench.measured(dataclasses.replace(result, stage=stage)))
 
 
-@dataclass(frozen=True)
-class Ladder:
-    """The untrained drop at every cost: linear in the logarithms of both, and extended beyond the last points.
-
-    Drops below a twentieth of delta are noise and count as that; a drop that falls with the cost counts as
-    level, rising by a hair.
-    """
-
-    log_costs: tuple[float, ...]
-    log_drops: tuple[float, ...]
-
-    @classmethod
-    def of(cls, full_cost: float, points: Sequence[Candidate], delta: float) -> Ladder:
-        """From the original's cost and the untrained candidates."""
-        floor = math.log(max(NOISE * delta, 1e-6))
-        costs, drops = [math.log(full_cost)], [floor]
-        for candidate in sorted(points, key=lambda c: -c.cost):
-            if candidate.drop is not None and math.log(candidate.cost) < costs[-1]:
-                costs.append(math.log(candidate.cost))
-                drops.append(max(math.log(max(candidate.drop.value, 1e-9)), drops[-1] + 1e-3))
-        return cls(tuple(costs), tuple(drops))
-
-    def drop(self, cost: float) -> float:
-        """The untrained drop at a cost."""
-        return math.exp(_line(self.log_costs, self.log_drops, math.log(cost)))
-
-    def cost(self, drop: float) -> float:
-        """The cost at which the untrained drop is `drop`: at most the original's, at least half the smallest known."""
-        found = _line(self.log_drops, self.log_costs, math.log(max(drop, 1e-9)))
-        return math.exp(min(max(found, self.log_costs[-1] - math.log(2)), self.log_costs[0]))
+def _secant(done: Sequence[Candidate], goal: float) -> float:
+    """The cost at which the line through the last two drops over log cost has `goal`; 0 where it does not fall."""
+    if len(done) < 2:
+        return 0.0
+    before, newest = done[-2:]
+    assert before.drop is not None
+    assert newest.drop is not None
+    steps, rise = math.log(before.cost / newest.cost), newest.drop.value - before.drop.value
+    if steps * rise <= 0:
+        return 0.0
+    return newest.cost * math.exp((newest.drop.value - goal) * steps / rise)
 
 
-def _line(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
-    """Piecewise linear through strictly monotone points, the outer pieces extended."""
-    if len(xs) == 1:
-        return ys[0]
-    rising = xs[1] > xs[0]
-    place = next((i for i in range(1, len(xs) - 1) if (x <= xs[i]) == rising), len(xs) - 1)
-    x0, x1, y0, y1 = xs[place - 1], xs[place], ys[place - 1], ys[place]
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-
-
-def _descend(
+def descend(
     bench: Bench,
     settings: Settings,
     shares: Sequence[float],
@@ -295,14 +276,17 @@ def _descend(
         done = [candidate for candidate in tried if candidate.trained > 0]
         if not done:
             return
-        if index == len(shares) and accepted(done[-1], settings):
+        reached = any(candidate.cost <= settings.goal and accepted(candidate, settings) for candidate in done)
+        if reached or (index == len(shares) and accepted(done[-1], settings)):
             return
         if index >= len(shares) - 1:
-            share = max(share, time_left() / settings.time_limit - (index < len(shares)) * GIVE_BACK_SHARE)
+            kept = TRIM_SHARE + (index < len(shares)) * GIVE_BACK_SHARE
+            share = max(share, time_left() / settings.time_limit - kept)
         if time_left() < 0.5 * GIVE_BACK_SHARE * settings.time_limit:
             return
         seconds = min(share * settings.time_limit, time_left())
         cost, source = next_step(done, ladder, settings, seconds)
+        cost = max(cost, settings.goal)
         name = f"stage {settings.stage}, {bench.full_cost / cost:.1f}x"
         if source is not None and cost >= source.cost:
             plan = source
@@ -312,11 +296,11 @@ def _descend(
                 # So large a step loses much of what training gave: the original may be the better start.
                 afresh = bench.propose(None, cost, name, PLAN_SHARE * time_left())
                 plan = min(plan, afresh, key=lambda candidate: candidate.divergence)
-        if _train(bench, settings, plan, seconds, time_left, record, name, settings.stage) is None:
+        if fine_tune(bench, settings, plan, seconds, time_left, record, name, settings.stage) is None:
             return
 
 
-def _trim(
+def trim(
     bench: Bench,
     settings: Settings,
     time_left: Callable[[], float],
@@ -327,9 +311,9 @@ def _trim(
     source = min((c for c in tried if accepted(c, settings)), key=lambda c: c.cost, default=None)
     if source is None or not source.trained:
         return
-    good, bad = source, source.cost / LARGEST_TRIM
+    good, bad = source, max(source.cost / LARGEST_TRIM, settings.goal / FINEST_RATIO)
     while upper(good, settings) < SPENT * settings.delta and good.cost > FINEST_RATIO * bad and time_left() > 0:
-        cost = max(math.sqrt(good.cost * bad), good.cost / LARGEST_TRIM)
+        cost = max(math.sqrt(good.cost * bad), good.cost / LARGEST_TRIM, settings.goal)
         name = f"stage {settings.stage}, trimmed to {bench.full_cost / cost:.1f}x"
         candidate = bench.propose(source, cost, name, 0.0)
         if not bad < candidate.cost < good.cost:
@@ -347,10 +331,11 @@ def next_step(
     """Cost that should just be accepted after `seconds` more of training, and what to start from.
 
     Training leaves a share of the untrained drop, which the ladder knows for every cost: the share that the
-    newest candidate shows, falling with the time trained to the power -0.3; a refused candidate that was trained
-    on once and refused again shows that time alone does not do. The start is a trained candidate of
-    at least that cost (of that very cost: it is trained on), from which a step down is at most 2.5 times; or
-    the original, where only a larger network than the trained ones will do.
+    newest candidate shows, falling with the time trained to the power -0.3. Where that is too hopeful, for the
+    share grows with what is taken away, the secant through the last two candidates bounds the step. A refused
+    candidate that was trained on once and refused again shows that time alone does not do. The start is a trained
+    candidate of at least that cost (of that very cost: it is trained on), from which a step down is at most 2.5
+    times; or the original, where only a larger network than the trained ones will do.
 
     Args:
         done: trained candidates, in the order trained.
@@ -365,8 +350,9 @@ def next_step(
 
     def reachable(source: Candidate | None) -> float:
         trained = seconds + (0.0 if source is None else source.trained)
-        share = left * (newest.trained / max(trained, 1e-9)) ** RECOVERY
-        return ladder.cost(goal / share) if goal > 0 and share > 0 else math.inf
+        kept = (newest.trained / max(trained, 1e-9)) ** RECOVERY
+        share = left * kept
+        return max(ladder.cost(goal / share), _secant(done, goal / kept)) if goal > 0 and share > 0 else math.inf
 
     for source in sorted(done, key=lambda c: (c.cost, -c.trained)):
         cost = max(reachable(source), source.cost / LARGEST_STEP)

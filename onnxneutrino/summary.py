@@ -229,7 +229,7 @@ def make_report(
         drop_select=None if select is None else Interval(select.value, select.low, select.high),
         drop_report=interval(metric, rows[mine], chosen.final_rows[mine], seed),
         deciding=DecidingImages(judges.source, len(judges.select)),
-        delta=config.delta,
+        delta=config.delta if config.limits else config.largest_drop,
         objective=config.objective,
         compressed=chosen.final is not None,
         layers=layer_rows(marked.layers, marked.frozen, marked.order, chosen.network),

@@ -14,6 +14,7 @@ from onnxneutrino.data import Split
 from onnxneutrino.factors import Factors
 from onnxneutrino.graph import TensorType, with_arrays
 from onnxneutrino.graph import arrays as graph_arrays
+from onnxneutrino.layer_options import Objective
 from onnxneutrino.losses import Loss
 from onnxneutrino.passes.factorize import factorize, stage_names
 from onnxneutrino.plan import Frozen, Layer
@@ -53,7 +54,8 @@ class Task:
         select: the deciding images.
         original_rows: the original's metric statistics on them.
         objective: what is made small.
-        rest: cost of everything that is not a marked layer, in the unit of the objective.
+        rest: cost of everything that is not a marked layer, in the unit of the objective; with hard targets the
+            sum of its shares of them.
         batch: examples of a training step.
         evaluation_batch: examples of an inference run.
         threads: for the runtime.
@@ -73,7 +75,7 @@ class Task:
     stop: Split | None
     select: Split
     original_rows: NDArray[Any]
-    objective: str
+    objective: Objective
     rest: float
     batch: int
     evaluation_batch: int

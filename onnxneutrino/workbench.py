@@ -12,15 +12,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+from numpy.typing import NDArray
+
 from onnxneutrino import clock, cost, metrics
 from onnxneutrino.allocate import Option
+from onnxneutrino.budgets import allocate_measured
 from onnxneutrino.calibrate import calibrate, images_needed, in_place
 from onnxneutrino.factors import Moments
+from onnxneutrino.figures import figures
 from onnxneutrino.large import calibration_rows, is_large, probe_rows
-from onnxneutrino.layer_options import LayerOptions, chains, kept_factors
+from onnxneutrino.layer_options import GOAL, LayerOptions, chains, kept_factors
 from onnxneutrino.passes.factorize import last_stage
 from onnxneutrino.passes.find_layers import find_layers
-from onnxneutrino.plan import Layer
+from onnxneutrino.plan import Choice, Layer
 from onnxneutrino.probe import PROBE_IMAGES, Probe, by_name, divergence, features_at, probe_batches, take_probe
 from onnxneutrino.proposals import least_cost, propose
 from onnxneutrino.refit import refit
@@ -91,12 +96,16 @@ class Workbench:
         }
         self._derived: tuple[Candidate, dict[str, LayerOptions]] | None = None
         self._sensitivities: Mapping[str, Curve] = {}
+        self._targets = task.objective if isinstance(task.objective, tuple) else ()
+        self._figures: dict[frozenset[tuple[str, Choice]], NDArray[np.float64]] = {}
 
     # --- costs and options ----------------------------------------------------------------------------------
 
     @property
     def full_cost(self) -> float:
         """Cost of the original network."""
+        if self._targets:
+            return float(max(self.figures({})))
         return self.task.rest + sum(own.whole.cost for own in self._original.values())
 
     def options(self, source: Candidate | None) -> tuple[Mapping[str, Sequence[Option]], float]:
@@ -105,6 +114,28 @@ class Workbench:
         with ThreadPoolExecutor(self.task.threads) as pool:
             found = pool.map(lambda own: own.options, fitted.values())
             return dict(zip(fitted, found, strict=True)), self.task.rest
+
+    def figures(self, choices: Mapping[str, Option]) -> NDArray[np.float64]:
+        """The true costs of a plan in shares of the hard targets; the largest is the cost of its network."""
+        plan = {name: option.choice for name, option in choices.items() if option.choice is not None}
+        key = frozenset(plan.items())
+        if key not in self._figures:
+            self._figures[key] = figures(self.task, self._targets, plan)
+        return self._figures[key]
+
+    @property
+    def least_of_targets(self) -> tuple[float, ...]:
+        """For every hard target the least that any plan would have of this cost alone, estimated, in its own unit."""
+        options, _ = self.options(None)
+        return tuple(
+            target.rest + target.limit * sum(min(option.costs[index] for option in own) for own in options.values())
+            for index, target in enumerate(self._targets)
+        )
+
+    def _within(self, options: Mapping[str, Sequence[Option]], bound: float) -> Mapping[str, Option]:
+        """The options of a network whose true costs are at most `bound` times the hard targets."""
+        rests = np.array([target.rest / target.limit for target in self._targets])
+        return allocate_measured(options, rests, bound, self.figures)
 
     def _fitted(self, source: Candidate | None) -> dict[str, LayerOptions]:
         """Fits on the original, or on the trained chains of `source` at their trained inputs."""
@@ -163,14 +194,15 @@ class Workbench:
 
     @property
     def least_cost(self) -> float:
-        """Cost of the smallest network there is."""
-        return least_cost(self)
+        """Cost of the smallest network there is, or that there is a use for."""
+        return GOAL if self._targets else least_cost(self)
 
     def propose(
         self, source: Candidate | None, cost: float, name: str, seconds: float = 0.0, swap: bool = False
     ) -> Candidate:
         """The plan of at most `cost` that diverges least from the original."""
-        return propose(self, source, cost, name, seconds, swap, self.task.seed)
+        within = self._within if self._targets else None
+        return propose(self, source, cost, name, seconds, swap, self.task.seed, within)
 
     # --- networks -------------------------------------------------------------------------------------------
 
@@ -184,11 +216,12 @@ class Workbench:
         # A trained network has left the original's features; going back to them can cost more than it mends.
         scored = [(self._divergence(network), network) for network in (made if source else made[1:])]
         divergence, network = min(scored, key=lambda pair: pair[0])
+        whole = self.task.rest + sum(option.cost for option in choices.values())
         return Candidate(
             name=name,
             network=network,
             choices=choices,
-            cost=self.task.rest + sum(option.cost for option in choices.values()),
+            cost=float(max(self.figures(choices))) if self._targets else whole,
             divergence=divergence,
             trained=0.0 if source is None else source.trained,
             seconds=clock.now() - start,

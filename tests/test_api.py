@@ -79,6 +79,17 @@ def test_toml_file_beside_the_model(model: ModelProto) -> None:
     assert result.report.data == "data.npz"
 
 
+def test_hard_targets(model: ModelProto) -> None:
+    options = {**OPTIONS, "data": "data.npz", "delta": None}
+    result = onnxneutrino.compress(model, **options, max_params="0.6k", max_macs=550)
+    assert result.model is not None
+    assert params(result.model) <= 550
+    assert {row.name: row.limit for row in result.report.targets} == {"params": 600, "macs": 550}
+    assert not result.report.missed()
+    missed = onnxneutrino.compress(model, **options, max_params=1).report
+    assert [row.name for row in missed.missed()] == ["params"]
+
+
 def test_progress_tells_the_phases(model: ModelProto) -> None:
     events: list[Event] = []
     onnxneutrino.compress(model, data="data.npz", progress=events.append, **OPTIONS)
@@ -100,6 +111,7 @@ def test_dry_run_has_no_model(model: ModelProto) -> None:
         ({"data": "none.npz"}, errors.DataError, "none.npz: not found"),
         ({"data": "data.npz", "wish": 1}, errors.UsageError, "unknown option 'wish'; known are"),
         ({"data": "data.npz", "delta": -1}, errors.UsageError, "delta must not be negative"),
+        ({"data": "data.npz", "max_size": "5x"}, errors.UsageError, "max-size must be a positive quantity"),
         ({"data": "data.npz", "time_limit": "5x"}, errors.UsageError, "time-limit must be a duration"),
         ({"data": "data.npz", "metric": "map50"}, errors.MetricError, "map50 is not built in"),
         ({"data": "data.npz", "exclude": "*"}, errors.ModelError, "no layer can be factorized"),

@@ -23,7 +23,7 @@ from baseline_bench import Baseline, UniformSvd, VbmfTucker, layer_cost, shrunk 
 from baseline_factors import weight_factors  # noqa: E402
 from baseline_vbmf import evbmf_rank, noise_variance, threshold  # noqa: E402
 
-from onnxneutrino import conductor, prepare  # noqa: E402
+from onnxneutrino import conductor, figures, prepare  # noqa: E402
 from onnxneutrino.config import load_config  # noqa: E402
 from onnxneutrino.data import deciding  # noqa: E402
 from onnxneutrino.finetune import Trainer, fine_tune  # noqa: E402
@@ -148,10 +148,10 @@ def bench(task: Task, method: Any) -> Baseline:
 @pytest.mark.parametrize("method", [UniformSvd, lambda own: VbmfTucker(own, True), greedy.GreedySpatial])
 def test_a_proposal_costs_what_its_graph_counts_and_at_most_what_was_asked(task: Task, method: Any) -> None:
     own = bench(task, method)
-    assert own.full_cost == conductor.total_cost(task.model, task.types, "params")
+    assert own.full_cost == figures.total_cost(task.model, task.types, "params")
     found = own.propose(None, own.full_cost / 3, "third")
     graph = build(task, found.network)
-    assert conductor.total_cost(graph, task.types, "params") == found.cost <= own.full_cost / 3
+    assert figures.total_cost(graph, task.types, "params") == found.cost <= own.full_cost / 3
     assert own.least_cost < found.cost
     smaller = own.propose(found, found.cost / 1.5, "from there")
     assert smaller.cost <= found.cost / 1.5

@@ -21,7 +21,7 @@ from onnx import ModelProto, helper, numpy_helper, parser
 from PIL import Image
 
 from onnxneutrino.cli import main
-from onnxneutrino.report import Report, SixMetrics
+from onnxneutrino.report import COST_FIELDS, Report, SixMetrics
 from onnxneutrino.runtime import Runner, random_inputs
 from onnxneutrino.shapes import fixed_shapes
 
@@ -119,10 +119,10 @@ def names() -> set[str]:
     return {str(path) for path in Path().rglob("*")}
 
 
-def done(*arguments: str) -> None:
+def done(*arguments: str, code: int = 0) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([*arguments, "--threads", "1"])
-    assert exit_.value.code == 0
+    assert exit_.value.code == code
 
 
 def compressed(*arguments: str, model: str = "in.onnx", more: int = 0) -> Report:
@@ -192,13 +192,103 @@ def test_bare_command(capfd: pytest.CaptureFixture[str]) -> None:
     assert names() == {"in.onnx", "in.toml", "data.npz", "bare.npz", "out.onnx", "out.report.json"}
 
 
-@pytest.mark.parametrize("objective", ["params", "macs", "size", "memory", "latency"])
+@pytest.mark.parametrize("objective", ["params", "macs", "size", "memory"])
 def test_objective(objective: str) -> None:
     report = compressed("--data", "data.npz", "--objective", objective)
-    field = {"size": "size_bytes", "memory": "memory_bytes", "latency": "macs"}.get(objective, objective)
     assert report.objective == objective
     assert report.enhancement is not None
-    assert getattr(report.enhancement, field) > 1.5
+    assert getattr(report.enhancement, COST_FIELDS[objective]) > 1.5
+
+
+def test_a_network_that_gets_no_faster_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxneutrino.choice.measured_latencies", lambda models, *rest: [1.0] * len(models))
+    given = (
+        "--data",
+        "data.npz",
+        "--objective",
+        "latency",
+        "--delta",
+        "20",
+        "--trainer",
+        "none",
+        "--time-limit",
+        "60s",
+    )
+    done("compress", "in.onnx", "out.onnx", "--quiet", *given)
+    report = Report.from_json(Path("out.report.json").read_text(encoding="utf-8"))
+    assert not report.compressed
+    assert report.seconds["measure latencies"] > 0
+    assert floats(onnx.load("out.onnx")) == floats(onnx.load("in.onnx"))
+
+
+def targeted(*arguments: str, code: int = 0, trainer: str = "none") -> Report:
+    """Compress quietly without training; the report, after seeing that it is about the written model."""
+    given = ("--data", "data.npz", "--quiet", "--trainer", trainer, *arguments)
+    done("compress", "in.onnx", "out.onnx", *given, code=code)
+    report = Report.from_json(Path("out.report.json").read_text(encoding="utf-8"))
+    assert report.written.params == floats(onnx.load("out.onnx"))
+    assert report.written.size_bytes == Path("out.onnx").stat().st_size
+    assert bool(report.missed()) == (code == 3)
+    return report
+
+
+def test_hard_targets_are_met_alone_and_together(capfd: pytest.CaptureFixture[str]) -> None:
+    whole = targeted("--max-params", "932").original
+    for given in (("--max-params", "0.5k"), ("--max-macs", "450", "--max-size", "3KB", "--max-memory", "2.5KB")):
+        report = targeted(*given)
+        assert report.compressed
+        assert report.delta is None
+        limits = {row.name: row.limit for row in report.targets}
+        assert len(limits) == len(given) // 2
+        for name, limit in limits.items():
+            assert getattr(report.written, COST_FIELDS[name]) <= limit < getattr(whole, COST_FIELDS[name])
+    assert "onnxneutrino:" not in capfd.readouterr().err
+
+
+def test_hard_targets_with_training_keep_the_metric() -> None:
+    report = targeted("--max-params", "500", "--time-limit", "9s", trainer="ort")
+    assert report.training
+    assert report.written.params <= 500
+    assert report.drop is not None
+    assert report.drop <= 20
+
+
+def test_hard_targets_that_the_original_meets_leave_it_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+    report = targeted("--max-params", "1k", "--max-size", "1MB", "--delta", "0.5")
+    assert not report.compressed
+    assert not report.candidates
+    assert report.delta == 0.5
+    assert report.written.params == report.original.params
+    assert "The original meets all hard targets: the normalized original was written." in capfd.readouterr().out
+
+
+def test_a_hard_target_below_the_smallest_plan_ends_with_3(capfd: pytest.CaptureFixture[str]) -> None:
+    report = targeted("--max-params", "50", "--max-size", "1MB", code=3)
+    (row, _) = report.targets
+    assert row.least == report.written.params > 50
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("onnxneutrino: hard target not met: params ")
+    assert f"instead of 50 (the smallest plan has about {row.least:g})" in error
+    assert error.endswith("the best model found was written\n")
+
+
+def test_a_hard_target_out_of_deltas_reach_ends_with_3(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("in.toml").write_text('[compress]\ndelta = 5\nmax-params = "250"\n', encoding="utf-8")
+    report = targeted(code=3)
+    assert report.compressed
+    assert report.drop is not None
+    assert report.drop <= report.delta == 5
+    assert 250 < report.written.params < report.original.params
+    error = capfd.readouterr().err
+    assert "hard target not met within delta 5.00: params " in error
+    assert "smallest plan" not in error
+
+
+def test_a_latency_that_the_network_has_is_no_work() -> None:
+    report = targeted("--max-latency", "10s", "--time-limit", "60s")
+    assert not report.compressed
+    assert report.targets[0].limit == 10_000
 
 
 def test_stage_1_only() -> None:

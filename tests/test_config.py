@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from onnxneutrino.config import Config, DataConfig, available_cores, load_config, parse_duration, toml_path
+from onnxneutrino.config import OBJECTIVES, Config, DataConfig, available_cores, load_config, parse_duration, toml_path
 from onnxneutrino.errors import UsageError
 
 FULL = """
@@ -128,6 +128,18 @@ def test_refuses_a_wrong_file_by_name(tmp_path: Path, text: str, part: str) -> N
         ("seed", True, "must be a whole number"),
         ("threads", -1, "must be a whole number"),
         ("trainer", "torch", "must be one of ort, reconstruct, none"),
+        ("max_params", "many", "must be a positive quantity such as 200k, 5M or 1.2G, got 'many'"),
+        ("max_params", "200KB", "such as 200k"),
+        ("max_params", "5m", "such as 200k"),
+        ("max_macs", 0, "must be a positive quantity"),
+        ("max_macs", "-5M", "must be a positive quantity"),
+        ("max_macs", True, "must be a positive quantity"),
+        ("max_size", "500k", "such as 500KB, 2MB or 1.5MiB"),
+        ("max_size", "", "such as 500KB"),
+        ("max_memory", float("nan"), "such as 500KB"),
+        ("max_memory", "1e3000", "such as 500KB"),
+        ("max_latency", "2 minutes", "such as 800us, 2ms or 0.1s"),
+        ("max_latency", [2], "such as 800us"),
         ("confidence", 0.4, "from 0.5 to below 1"),
         ("confidence", 1.0, "from 0.5 to below 1"),
         ("input_shape", {"x": "1x3"}, "must be a list of sizes"),
@@ -160,3 +172,43 @@ def test_parses_durations(text: str, seconds: float) -> None:
 def test_refuses_what_is_no_duration(text: str) -> None:
     with pytest.raises(UsageError, match="is not a duration"):
         parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "limit"),
+    [
+        ("max_params", "200k", 2e5),
+        ("max_params", " 1.5 M ", 1.5e6),
+        ("max_params", 12345, 12345),
+        ("max_macs", "1.2G", 1.2e9),
+        ("max_macs", "300K", 3e5),
+        ("max_size", "500KB", 5e5),
+        ("max_size", "500kB", 5e5),
+        ("max_size", "100B", 100),
+        ("max_size", "1.5MiB", 1.5 * 2**20),
+        ("max_memory", "1MB", 1e6),
+        ("max_memory", "64KiB", 2**16),
+        ("max_memory", "1GiB", 2**30),
+        ("max_latency", "800us", 0.8),
+        ("max_latency", "2ms", 2),
+        ("max_latency", ".5s", 500),
+        ("max_latency", 2.5, 2.5),
+    ],
+)
+def test_hard_targets_have_units(tmp_path: Path, name: str, value: Any, limit: float) -> None:
+    assert getattr(load_config(None, {name: value}), name) == pytest.approx(limit)
+    quoted = f'"{value}"' if isinstance(value, str) else value
+    table = written(tmp_path, f"[compress]\n{name.replace('_', '-')} = {quoted}\n")
+    assert load_config(table, {}).limits == {name[4:]: pytest.approx(limit)}
+
+
+def test_every_objective_can_be_a_hard_target() -> None:
+    config = Config(**{f"max_{name}": 1.0 + place for place, name in enumerate(OBJECTIVES)})  # type: ignore[arg-type]
+    assert config.limits == {name: 1.0 + place for place, name in enumerate(OBJECTIVES)}
+
+
+def test_without_delta_any_drop_will_do_where_there_are_hard_targets() -> None:
+    assert Config().largest_drop == 1.0
+    assert Config(max_size=1e6).largest_drop == float("inf")
+    assert Config(max_size=1e6, delta=0.0).largest_drop == 0.0
+    assert Config(delta=2.5).largest_drop == 2.5

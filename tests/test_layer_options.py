@@ -11,7 +11,7 @@ import pytest
 from onnxneutrino.candidates import Point
 from onnxneutrino.factors import Factors, Moments, chain_macs
 from onnxneutrino.forms import applicable, decompose, full_ranks
-from onnxneutrino.layer_options import LayerOptions, cost_unit
+from onnxneutrino.layer_options import LayerOptions, Target, cost_unit
 from onnxneutrino.moments import MomentSum
 from onnxneutrino.plan import Array, Form, Geometry, Kind, Layer
 
@@ -179,3 +179,33 @@ def test_without_cp_there_is_no_challenger() -> None:
     own = layer((24, 40, 1, 1), "gemm")
     found = LayerOptions(own, moments(own), "params")
     assert all(found.challenger(option) == option for option in found.options)
+
+
+def test_hard_targets_count_every_cost_in_shares_of_its_limit() -> None:
+    own = layer()
+    targets = (Target("params", 500.0, "params", 10.0), Target("macs", 9000.0, "macs", 0.0))
+    found = LayerOptions(own, moments(own), targets)
+    counts = {kind: LayerOptions(own, moments(own), kind) for kind in ("params", "macs")}
+    assert found.whole.cost == pytest.approx(sum(counts[t.name].whole.cost / t.limit for t in targets))
+    for option in found.options:
+        assert option.cost == pytest.approx(sum(option.costs))
+    for index, target in enumerate(targets):
+        costs = {option.choice: option.costs[index] * target.limit for option in found.options}
+        for option in counts[target.name].options:
+            assert option.choice not in costs or costs[option.choice] == pytest.approx(option.cost)
+
+
+def test_with_hard_targets_an_option_goes_only_where_another_is_better_in_every_cost() -> None:
+    own = layer()
+    targets = (Target("params", 500.0, "params", 0.0), Target("macs", 9000.0, "macs", 0.0))
+    kept = LayerOptions(own, moments(own), targets).options
+    for one, other in itertools.permutations(kept, 2):
+        better = all(a <= b for a, b in zip(one.costs, other.costs, strict=True)) and one.loss <= other.loss
+        assert not better, f"{one} makes {other} useless"
+    for kind in ("params", "macs"):
+        index = [target.name for target in targets].index(kind)
+        alone = LayerOptions(own, moments(own), kind).options
+        for option in alone:
+            limit = option.cost / targets[index].limit * (1 + 1e-9)
+            best = min(each.loss for each in kept if each.costs[index] <= limit)
+            assert best <= option.loss * (1 + 1e-9), "what one cost alone would choose, or better, is still there"

@@ -22,6 +22,7 @@ from onnxneutrino.report import (
     LayerRow,
     Report,
     SixMetrics,
+    TargetRow,
     TrainedBlock,
     Training,
     enhancement,
@@ -242,6 +243,55 @@ def test_summary_of_stage_1_has_no_second_row_and_failure_is_a_sentence() -> Non
     assert "No smaller model" not in first
     kept = text_of(console.summary(dataclasses.replace(full_report(), compressed=False)))
     assert "No smaller model stays within delta 1.00: the normalized original was written." in kept
+
+
+def test_hard_targets_are_compared_with_what_was_written() -> None:
+    rows = (TargetRow("params", 162_563, 1000.0), TargetRow("size", 650_585, 2000.0), TargetRow("latency", 0.3, None))
+    report = dataclasses.replace(full_report(), targets=rows)
+    assert [row.name for row in report.missed()] == ["size", "latency"]
+    assert Report.from_json(report.to_json()) == report
+    line = console.missed(report)
+    assert line == (
+        "hard targets not met within delta 1.00: size 651 kB instead of 651 kB, latency 0.410 ms instead of 0.300 ms; "
+        "the best model found was written"
+    )
+    assert console.missed(full_report()) == ""
+    out_of_reach = dataclasses.replace(report, delta=None, targets=(TargetRow("macs", 1e6, 2e6),))
+    assert console.missed(out_of_reach) == (
+        "hard target not met: macs 7.00 M instead of 1.00 M (the smallest plan has about 2.00 M); "
+        "the best model found was written"
+    )
+
+
+def test_summary_without_delta_says_what_was_kept() -> None:
+    report = dataclasses.replace(full_report(), delta=None, compressed=False, targets=(TargetRow("macs", 1e7, None),))
+    text = " ".join(text_of(console.summary(report)).split())
+    assert "The original meets all hard targets: the normalized original was written." in text
+    assert "0.520 to 1.22)." in text
+    assert "delta" not in text
+
+
+@pytest.mark.parametrize(
+    ("cost", "words"),
+    [
+        (0.98, "for the hard targets meets them, untrained with a drop of 0.500."),
+        (1.25, "comes to 1.25 times"),
+    ],
+)
+def test_outlook_with_hard_targets(cost: float, words: str) -> None:
+    row = dataclasses.replace(full_report().candidates[0], cost=cost)
+    settings = {"trainer": "ort", "time_limit": 60.0}
+    report = dataclasses.replace(
+        full_report(), delta=None, candidates=(row,), targets=(TargetRow("macs", 1e7, 1e6),), settings=settings
+    )
+    assert words in " ".join(text_of(console.outlook(report)).split())
+
+
+def test_outlook_for_latency_compares_times() -> None:
+    row = dataclasses.replace(full_report().candidates[0], cost=0.617)
+    settings = {"trainer": "ort", "time_limit": 60.0}
+    report = dataclasses.replace(full_report(), objective="latency", candidates=(row,), settings=settings)
+    assert "Roughly within reach: 2.00\N{MULTIPLICATION SIGN} fewer ms" in text_of(console.outlook(report))
 
 
 def test_a_metric_function_does_not_break_the_table() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from onnx.parser import parse_model
 
 from onnxneutrino import conductor, cost, finetune, metrics, prepare, sensitivity, tuning
 from onnxneutrino.allocate import Option
+from onnxneutrino.chain_latency import measure
 from onnxneutrino.config import Config, DataConfig
 from onnxneutrino.data import IndexedSplit, deciding
+from onnxneutrino.figures import figures, rest_cost, total_cost
 from onnxneutrino.forms import full_ranks
 from onnxneutrino.graph import TensorType, arrays, check, with_arrays
+from onnxneutrino.layer_options import GOAL, Target
 from onnxneutrino.plan import Choice, Form
 from onnxneutrino.probe import divergence
 from onnxneutrino.runtime import Runner
@@ -505,3 +508,51 @@ def halved(model: ModelProto) -> ModelProto:
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.elem_type = TensorProto.FLOAT16
     return model
+
+
+LIMITS = {"params": 3000.0, "macs": 60_000.0, "size": 13_000.0, "memory": 16_000.0}
+
+
+def targeted(task: Task, names: Sequence[str]) -> Task:
+    """The same task under hard targets."""
+    targets = tuple(Target(name, LIMITS[name], name, rest_cost(task, name)) for name in names)
+    return dataclasses.replace(task, objective=targets, rest=sum(own.rest / own.limit for own in targets))
+
+
+def test_figures_are_what_the_finished_network_costs(task: Task, bench: Workbench) -> None:
+    own = targeted(task, list(LIMITS))
+    assert isinstance(own.objective, tuple)
+    choices = {name: option.choice for name, option in some_choices(bench).items() if option.choice is not None}
+    assert choices
+    network = bench.realize(None, some_choices(bench), "plan").network
+    for plan, model in ((choices, build(task, network)), ({}, task.model)):
+        types = prepare.types_of(model, {"x": (1, 4, 8, 8)})
+        found = figures(own, own.objective, plan)
+        for share, target in zip(found, own.objective, strict=True):
+            assert share * target.limit == pytest.approx(total_cost(model, types, target.name), rel=1e-9)
+
+
+@pytest.mark.parametrize("names", [["params"], ["macs"], ["size"], ["memory"], ["params", "macs"], list(LIMITS)])
+def test_what_is_proposed_meets_the_hard_targets(task: Task, names: list[str]) -> None:
+    own = targeted(task, names)
+    bench = Workbench(own, 60.0)
+    assert bench.full_cost > GOAL
+    made = bench.propose(None, GOAL, "plan")
+    model = build(task, made.network)
+    types = prepare.types_of(model, {"x": (1, 4, 8, 8)})
+    used = [total_cost(model, types, name) / LIMITS[name] for name in names]
+    assert 0.8 < max(used) <= GOAL
+    assert made.cost == pytest.approx(max(used))
+    for name, least in zip(names, bench.least_of_targets, strict=True):
+        assert least <= total_cost(model, types, name) * (1.02 if name in ("size", "memory") else 1)
+    smaller = bench.propose(made, 0.8 * GOAL, "cut")
+    assert smaller.cost <= 0.8 * GOAL
+
+
+def test_a_latency_target_is_measured_on_the_network(task: Task) -> None:
+    example = prepare.first_examples(task.select, 1)[0]
+    table = measure(task.model, task.layers, example, 1, 0.5)
+    targets = (Target("latency", 1e3, table, table.rest), Target("params", 1e6, "params", rest_cost(task, "params")))
+    time, share = figures(dataclasses.replace(task, objective=targets), targets, {})
+    assert share == total_cost(task.model, task.types, "params") / 1e6
+    assert 0 < time < 0.1
