@@ -12,13 +12,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from onnxneutrino import heap
 from onnxneutrino.config import AUGMENTATIONS, LAYOUTS, OBJECTIVES, Config, load_config, parse_duration
 from onnxneutrino.errors import NeutrinoError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from onnxneutrino.report import Report
 
 PIPE_WIDTH = 240
 ERROR_TEXT = 240
@@ -134,18 +137,25 @@ def main() -> None:
 @click.option("--confidence", type=float, help="One-sided, that a drop is within delta; default 0.8.")
 @click.option("--dry-run", is_flag=True, default=None, help="Everything up to the first training step; writes nothing.")
 @click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--replay", metavar="REPORT", type=click.Path(path_type=Path), help="Repeat this run bit for bit.")
 @data_options
 @common_options
-def compress(source: Path, target: Path, quiet: bool, json_file: str | None, debug: bool, **options: Any) -> None:
+def compress(
+    source: Path, target: Path, quiet: bool, replay: Path | None, json_file: str | None, debug: bool, **options: Any
+) -> None:
     """Write a smaller OUT.ONNX and OUT.report.json. IN.toml beside IN.ONNX describes the data."""
 
     def work() -> None:
         from onnxneutrino import conductor, console
+        from onnxneutrino.replay import check_repeated
 
-        config = configured(source, options)
+        before = None if replay is None else read_report(replay)
+        config = configured(source, options, before)
         progress = console.Progress(quiet, sys.stderr.isatty())
         with progress, messages():
             report = conductor.compress_file(source, target, config, progress)
+        if before is not None:
+            check_repeated(before, report, target)
         show(console.outlook(report) if config.dry_run else console.summary(report), json_file)
         if not config.dry_run and json_file != "-":
             click.echo(f"Wrote {target} and {target.with_suffix('.report.json')}.")
@@ -225,8 +235,18 @@ def evaluate(source: Path, json_file: str | None, debug: bool, **options: Any) -
     run(work, json_file, debug)
 
 
-def configured(source: Path, options: dict[str, Any]) -> Config:
-    """The configuration from the TOML file beside `source` and the options that were given."""
+def read_report(path: Path) -> Report:
+    """The report in a file."""
+    from onnxneutrino.report import Report
+
+    try:
+        return Report.from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as a report: {error}") from error
+
+
+def configured(source: Path, options: dict[str, Any], before: Report | None = None) -> Config:
+    """The configuration from the TOML file beside `source`, the run to be repeated and the options that were given."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if "input_shape" in given:
         given["input_shape"] = dict(given["input_shape"])
@@ -235,6 +255,10 @@ def configured(source: Path, options: dict[str, Any]) -> Config:
             given["validation"] = float(given["validation"])
         except ValueError:
             raise UsageError(f"--validation {given['validation']}: must be a share such as 0.1, or file") from None
+    if before is not None:
+        from onnxneutrino.replay import repeated
+
+        return repeated(source, before, given)
     return load_config(source, given)
 
 

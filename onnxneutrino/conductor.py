@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from threadpoolctl import threadpool_limits
 from onnxneutrino import cost, large, metrics, prepare
 from onnxneutrino.chain_latency import LatencyTable, measure
 from onnxneutrino.choice import choose
+from onnxneutrino.clock import now, recording
 from onnxneutrino.config import Config
 from onnxneutrino.data import Dataset, Deciding, Inputs, deciding
 from onnxneutrino.errors import ModelError, OutputError, TrainingError
@@ -58,10 +60,11 @@ class Result:
 
 
 class Clock:
-    """The time of a run: read at its phases, never inside a decision about the model."""
+    """The time of a run: its phases, and what is left."""
 
     def __init__(self, limit: float, tell: Tell) -> None:
         self._start = time.perf_counter()
+        self._begun = now()
         self._limit = limit
         self._tell = tell
         self._phase = ""
@@ -75,20 +78,20 @@ class Clock:
 
     @property
     def left(self) -> float:
-        """Seconds until the limit."""
-        return self._limit - self.elapsed
+        """Seconds until the limit, a reading that decides."""
+        return self._limit - (now() - self._begun)
 
     def phase(self, name: str) -> None:
         """Close the current phase and begin `name`."""
-        now = time.perf_counter()
+        time_now = time.perf_counter()
         if self._phase:
-            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._phase_start
-        self._phase, self._phase_start = name, now
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time_now - self._phase_start
+        self._phase, self._phase_start = name, time_now
         self.tell("")
 
     def tell(self, detail: str, message: str = "") -> None:
         """Show where the run is, and a message that stays."""
-        self._tell(Event(self._phase, detail, self.elapsed, max(self.left, 0.0), message))
+        self._tell(Event(self._phase, detail, self.elapsed, max(self._limit - self.elapsed, 0.0), message))
 
 
 def compress(
@@ -113,8 +116,9 @@ def compress(
     """
     # Layers are worked on side by side, each with one thread: the linear algebra libraries' own threads wait for
     # each other in a loop, which on cores shared with anything else costs several times what it saves.
-    with threadpool_limits(limits=1, user_api="blas"):
-        return _compress(model, config, name, size_bytes, tell)
+    with threadpool_limits(limits=1, user_api="blas"), recording(config.clock) as tape:
+        result = _compress(model, config, name, size_bytes, tell)
+    return dataclasses.replace(result, report=dataclasses.replace(result.report, clock=tuple(tape.readings)))
 
 
 def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | None, tell: Tell) -> Result:
@@ -134,9 +138,9 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
         raise prepare.without_layers(name, marked.frozen)
     clock.phase("measure the original")
     batch = prepare.evaluation_batch(opened) if marked.freed else 1
-    start = time.perf_counter()
+    start = now()
     rows = prepare.evaluate(marked.batched, judges.test, metric, batch, config.threads, marked.batched)
-    evaluation_seconds = time.perf_counter() - start
+    evaluation_seconds = now() - start
     value = metrics.value(metric, rows)
     prepare.check_not_chance(value, metric, opened, config)
     clock.tell("", f"{name}: {metric.name} {format_metric(value)} on {len(rows)} test examples")
@@ -353,6 +357,7 @@ def compress_file(source: Path, target: Path, config: Config, tell: Tell = lambd
         save(result.model, target, given.external)
         verify_file(target, result, config)
         report = with_file_size(result.report, cost.size_bytes(target))
+        report = dataclasses.replace(report, sha256=hashlib.sha256(target.read_bytes()).hexdigest())
         _write(temporary, report, report_path)
         os.replace(temporary, report_path)
     finally:

@@ -84,6 +84,7 @@ class Config:
     confidence: float = 0.8
     dry_run: bool = False
     input_shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    clock: tuple[float, ...] | None = None
 
     @property
     def limits(self) -> dict[str, float]:
@@ -117,7 +118,7 @@ def load_config(model_path: Path | None, overrides: Mapping[str, Any]) -> Config
     """
     tables, base, source = _read_toml(model_path)
     data = _fields(tables.get("data", {}), DataConfig, source, "data", hidden=("base",))
-    hidden = ("data", "metric", "metric_base", "dry_run")
+    hidden = ("data", "metric", "metric_base", "dry_run", "clock")
     top = _fields(tables.get("compress", {}), Config, source, "compress", hidden=hidden)
     for key, value in tables.get("metric", {}).items():
         if key != "name":

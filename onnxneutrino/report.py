@@ -191,6 +191,8 @@ class Report:
         seconds: wall time by phase.
         settings: the options of the command, by name; JSON values, so lists and no tuples.
         versions: of the libraries in use, by name.
+        sha256: of the written model; its external data's name has their own digest in it.
+        clock: every reading of time that decided something, in seconds (`--replay`).
     """
 
     model: str
@@ -219,6 +221,8 @@ class Report:
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    sha256: str = ""
+    clock: tuple[float, ...] = ()
 
     @property
     def written(self) -> SixMetrics:

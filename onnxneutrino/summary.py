@@ -144,7 +144,7 @@ def versions() -> dict[str, str]:
 def settings(config: Config) -> dict[str, Any]:
     """The options that shaped the run, by name."""
     values = dataclasses.asdict(config)
-    for hidden in ("data", "metric_base"):
+    for hidden in ("data", "metric_base", "clock"):
         values.pop(hidden)
     values["input_shape"] = {name: list(shape) for name, shape in config.input_shape.items()}
     data = dataclasses.asdict(config.data)

@@ -52,7 +52,7 @@ TIERS = (
     ("workbench",),
     ("summary",),
     ("choice",),
-    ("conductor",),
+    ("conductor", "replay"),
     ("inspection",),
     ("",),
     ("cli",),

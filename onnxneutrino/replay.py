@@ -1,0 +1,48 @@
+"""Repeat a run bit for bit: the options of its report, and every reading of time that decided something in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from onnxneutrino.config import Config, load_config
+from onnxneutrino.errors import OutputError, UsageError
+from onnxneutrino.report import Report
+
+
+def repeated(model_path: Path | None, report: Report, given: Mapping[str, Any]) -> Config:
+    """The configuration of the run that `report` tells of.
+
+    Args:
+        model_path: the model, beside which its TOML file may lie.
+        report: of the run.
+        given: options that were given beside the report, which go before its own.
+
+    Raises:
+        UsageError: the report holds no readings of time, or see `load_config`.
+    """
+    if not report.clock:
+        raise UsageError(f"the report of {report.model} holds no readings of time; it cannot be replayed")
+    settings = dict(report.settings)
+    data = dict(settings.pop("data", {}))
+    options = {**settings, **data, "data": data.get("path")}
+    options.pop("path", None)
+    plain = load_config(model_path, {})
+    # What the TOML file says already is left to it: its paths start from its own folder.
+    for name, own in (("data", plain.data.path), ("metric", plain.metric)):
+        if options.get(name) == own:
+            options.pop(name)
+    return load_config(model_path, {**options, **given, "clock": report.clock})
+
+
+def check_repeated(before: Report, after: Report, target: Path) -> None:
+    """Refuse a repetition that wrote another model.
+
+    Raises:
+        OutputError: gives what differs most likely.
+    """
+    if before.sha256 and before.sha256 != after.sha256:
+        other = [name for name, own in after.versions.items() if before.versions.get(name) != own]
+        why = f"versions differ ({', '.join(other)})" if other else "another processor, model or data"
+        raise OutputError(f"{target}: is not the model of the report: {why}")
