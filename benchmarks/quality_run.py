@@ -14,8 +14,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +23,7 @@ from unittest import mock
 
 from baseline_bench import Baseline, Method, UniformSvd, VbmfTucker
 from baseline_greedy import GreedySpatial
+from cells import machine, write_row
 from threadpoolctl import threadpool_limits
 
 from onnxneutrino import conductor, cost, metrics, prepare, search
@@ -75,9 +74,7 @@ def main() -> None:
     row = cell(options.method, options.model, options.target, config)
     row["seconds"] = time.perf_counter() - start
     row["machine"] = machine(options.threads)
-    partial = options.result.with_suffix(".part")
-    partial.write_text(json.dumps(row, indent=1), encoding="utf-8")
-    os.replace(partial, options.result)
+    write_row(options.result, row)
 
 
 def cell(method: str, model: Path, target: Path, config: Config) -> dict[str, Any]:
@@ -85,7 +82,7 @@ def cell(method: str, model: Path, target: Path, config: Config) -> dict[str, An
     if method == "reference":
         return reference(model, target, config)
     with baseline(method, model):
-        report = conductor.compress_file(model, target, config, _tell)
+        report = conductor.compress_file(model, target, config, tell)
     return row_of(report)
 
 
@@ -127,7 +124,7 @@ def row_of(report: Report) -> dict[str, Any]:
 def reference(model: Path, target: Path, config: Config) -> dict[str, Any]:
     """The original fine-tuned for the whole time with the same loss, and its drop on the test split."""
     with threadpool_limits(limits=1, user_api="blas"):
-        clock = conductor.Clock(config.time_limit, _tell)
+        clock = conductor.Clock(config.time_limit, tell)
         given = load(model)
         opened = prepare.open_model(given.model, model.name, config)
         config, metric, dataset = prepare.settled(opened, config)
@@ -187,17 +184,6 @@ class Reference(Tuner):
         return after
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """What the cell ran on."""
-    return {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": threads,
-    }
-
-
 def other_versions() -> dict[str, str]:
     """Versions of what only a baseline needs, where it is there."""
     found = {}
@@ -211,7 +197,8 @@ def _silent(what: str, share: float) -> None:
     """Hear of progress and say nothing."""
 
 
-def _tell(event: Event) -> None:
+def tell(event: Event) -> None:
+    """Write messages that stay to standard error."""
     if event.message:
         print(f"{event.elapsed:7.1f} s  {event.message}", file=sys.stderr, flush=True)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cells import versions_line
+
 METHODS: Mapping[str, str] = {
     "ours": "onnxneutrino",
     "teacher": "onnxneutrino, teacher alone",
@@ -39,7 +41,7 @@ def document(rows: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> str
         lines += ["", f"## {model}", "", *original_line(own), COLUMNS, ALIGNED, *map(table_line, own)]
         notes = [note for row in own for note in notes_of(row)]
         lines += ["", *notes] if notes else []
-    lines += ["", f"Versions: {versions(rows)}."]
+    lines += ["", f"Versions: {versions_line(rows)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -85,13 +87,6 @@ def notes_of(row: dict[str, Any]) -> list[str]:
     if row["method"] != "reference" and not row["compressed"]:
         found.append(f"- {name}: no smaller network was accepted; the line is the original")
     return found
-
-
-def versions(rows: Sequence[dict[str, Any]]) -> str:
-    """All versions that any cell ran with."""
-    found = {f"{name} {version}" for row in rows for name, version in row.get("versions", {}).items()}
-    found |= {f"Python {row['machine']['python']}" for row in rows if "machine" in row}
-    return ", ".join(sorted(found, key=str.lower))
 
 
 def _count(number: int) -> str:

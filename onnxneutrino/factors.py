@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from onnxneutrino.plan import Array, Form, Geometry
-
-BALANCE_SWEEPS = 4  # one does for two stages; longer chains come within a percent
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,36 +72,6 @@ class Factors:
     def product(self) -> Array:
         """The weight `(O, I, *kernel)` that the chain is equal to."""
         return chain_product(self.stages)
-
-
-def balanced(own: Factors) -> Factors:
-    """The same chain with every inner channel's norm equal on both its sides.
-
-    Between two stages there is no activation, so that a channel may be scaled where it is made and scaled back
-    where it is read; grouped stages are depthwise. Fits leave the first stage orthonormal and all magnitude in the
-    last; Adam moves every weight by about the same amount, so that it learns faster where these are of one size.
-    """
-    weights = [np.array(stage.weight) for stage in own.stages]
-    for _ in range(BALANCE_SWEEPS):
-        for index, after in enumerate(own.stages[1:]):
-            made = weights[index]
-            read = weights[index + 1] if after.groups > 1 else np.moveaxis(weights[index + 1], 1, 0)
-            norms = [np.sqrt(np.einsum("kn,kn->k", m, m)) for m in (flat(made), flat(read))]
-            usable = np.minimum(*norms) > 0
-            scale = np.sqrt(np.divide(norms[1], norms[0], out=np.ones_like(norms[0]), where=usable))
-            made *= _along(scale, made)
-            read /= _along(scale, read)
-    stages = tuple(replace(stage, weight=weight) for stage, weight in zip(own.stages, weights, strict=True))
-    return replace(own, stages=stages)
-
-
-def flat(weight: Array) -> Array:
-    """A weight as a matrix, a row for each entry of its first axis."""
-    return weight.reshape(len(weight), -1)
-
-
-def _along(scale: Array, weight: Array) -> Array:
-    return scale.reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def chain_product(stages: Sequence[Stage]) -> Array:

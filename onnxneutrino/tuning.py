@@ -17,7 +17,6 @@ from onnxneutrino import clock, finetune, metrics
 from onnxneutrino.calibrate import Keep, in_place
 from onnxneutrino.data import Split
 from onnxneutrino.errors import TrainingError
-from onnxneutrino.factors import balanced
 from onnxneutrino.groups import GroupTraining, grouped
 from onnxneutrino.large import GROUP_BYTES
 from onnxneutrino.losses import Loss
@@ -54,7 +53,7 @@ class Tuner:
 
     def tuned(
         self,
-        given: Network,
+        network: Network,
         seconds: float,
         name: str,
         hopeless: float = math.inf,
@@ -63,22 +62,19 @@ class Tuner:
         """Fine-tune all that can be trained.
 
         Args:
-            given: the network.
+            network: its factors and arrays.
             seconds: wall time to spend.
             name: for the report.
             hopeless: a drop; above it after half of the steps, training ends there.
             mended: puts right what was trained in blocks beside each other.
 
         Returns:
-            The trained network, or `given` itself, with a warning, where training made it worse; None, with a
+            The trained network, or `network` itself, with a warning, where training made it worse; None, with a
             warning, when the loss does not stay finite.
         """
         start = clock.now()
-        task, network = self.task, given
+        task = self.task
         assert task.training is not None
-        if self._keep is None:
-            even = {layer: balanced(own) for layer, own in network.factors.items()}
-            network = dataclasses.replace(network, factors=even)
         loss, graph = self.loss, build(task, network, batched=True)
         names = list(trainable_names(task, network, graph))
         lessons = Lessons(self._tutor, self._fed(network), self._memory)
@@ -134,8 +130,8 @@ class Tuner:
                 float(np.mean(result.losses[-count:])),
             )
         )
-        better = self._better(given, mended(self._learned(network, result.arrays)))
-        if better is given:
+        better = self._better(network, mended(self._learned(network, result.arrays)))
+        if better is network:
             self.warnings.append(f"{name}: the metric fell; the weights before it were kept")
         return better
 

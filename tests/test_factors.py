@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +10,6 @@ from onnxneutrino.factors import (
     Factors,
     Moments,
     Stage,
-    balanced,
     chain_macs,
     chain_product,
     dense,
@@ -79,28 +76,6 @@ def test_a_chain_run_by_stage_equals_its_product(form: str) -> None:
         count += used
     np.testing.assert_allclose(value, whole, rtol=1e-5, atol=1e-5)
     assert chain_macs(stages, GEOMETRY, (6, 5)) == count
-
-
-@pytest.mark.parametrize("stages", [*CHAINS.values(), DEEP], ids=[*CHAINS, "deep"])
-def test_a_balanced_chain_is_the_same_map_with_equal_norms(stages: tuple[Stage, ...]) -> None:
-    uneven = (Stage(100 * stages[0].weight, stages[0].groups), *stages[1:])
-    own = Factors("cp", (2,), uneven, normal(stages[-1].channels[1]), 0.25)
-    found = balanced(own)
-    np.testing.assert_allclose(found.product(), own.product(), rtol=1e-4, atol=1e-3)
-    assert (found.form, found.ranks, found.error) == (own.form, own.ranks, own.error)
-    np.testing.assert_array_equal(found.bias, own.bias)
-    for made, read in itertools.pairwise(found.stages):
-        rows = read.weight if read.groups > 1 else np.moveaxis(read.weight, 1, 0)
-        norms = [np.linalg.norm(m.reshape(len(m), -1), axis=1) for m in (made.weight, rows)]
-        np.testing.assert_allclose(norms[0], norms[1], rtol=0.1)
-
-
-def test_a_channel_that_is_not_used_stays_as_it_is() -> None:
-    first, last = normal(3, 4, 1, 1), normal(5, 3, 1, 1, seed=1)
-    last[:, 1] = 0
-    found = balanced(Factors("svd", (3,), (Stage(first), Stage(last)), normal(5)))
-    np.testing.assert_array_equal(found.stages[0].weight[1], first[1])
-    assert all(np.isfinite(stage.weight).all() for stage in found.stages)
 
 
 def test_a_3d_chain_run_by_stage_equals_its_product() -> None:
