@@ -287,6 +287,15 @@ def find_rate(trainer: Trainer, examples: Iterator[Example], seconds: float) -> 
     return float(np.clip(rate / RATE_GROWTH ** (SMOOTHED // 2), *RATES))
 
 
+def step_seconds(trainer: Trainer, examples: Iterator[Example]) -> float:
+    """Wall time of one step, lessons included: the mean of four at rate zero, after a first one."""
+    trainer.step(next(examples), 0.0)
+    start = clock.now()
+    for _ in range(TIMED_STEPS):
+        trainer.step(next(examples), 0.0)
+    return (clock.now() - start) / TIMED_STEPS
+
+
 def fine_tune(
     trainer: Trainer,
     examples: Iterator[Example],
@@ -318,12 +327,9 @@ def fine_tune(
     start = begun = clock.now()
     given = steps
     if steps is None:
-        trainer.step(next(examples), 0.0)
-        timed = clock.now()
-        for _ in range(TIMED_STEPS):
-            trainer.step(next(examples), 0.0)
+        pace = step_seconds(trainer, examples)
         begun = clock.now()
-        steps = max(1, int((seconds - (begun - start)) / ((begun - timed) / TIMED_STEPS)))
+        steps = max(1, int((seconds - (begun - start)) / pace))
     schedule = Schedule(steps, trainer.batch, learning_rate)
     between_readings, between_looks = max(1, steps // READINGS), max(1, steps // REFRESHES)
     losses: list[float] = []

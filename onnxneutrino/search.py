@@ -1,7 +1,7 @@
 """The two stages of the search, pure: cost, training and evaluation come in as a `Bench`.
 
 Stage 1 (exploration): a ladder of plans along the cost, refitted but untrained, shows how fast the network
-gives way; one short fine-tune of a plan whose untrained drop is about one and a half delta tells how much training
+gives way; a fine-tune of the plan that most of the time should just make acceptable tells how much training
 recovers. Stage 2 (annealing): from the trained weights, smaller plans are settled on the surrogate and by the
 divergence from the original, and only those are trained; what is then left of delta is spent on truncations.
 (Deeplite Neutrino, AAAI 2021, section 3.)
@@ -18,15 +18,19 @@ from typing import Any, Protocol
 from onnxneutrino.allocate import Option
 from onnxneutrino.ladder import NOISE, Ladder
 from onnxneutrino.metrics import Drop
+from onnxneutrino.recovery import HALF_STEPS, left, secant
 
+FIRST = "stage 1, first fine-tune"
 FIRST_RATIO = 1.5
 LADDER_STEP = 1.5
 LADDER_STEPS = 12
 EARLY = 0.25
 LADDER_END = 8.0
 LADDER_SHARE = 0.1
-EXPLORE_DROP = 1.5
-RECOVERY = 0.3
+USED_SHARE = 0.7
+FIRST_LEFT = 0.25
+RECOVERY = 0.4
+PATIENCE = 1.2
 AIM = 0.9
 LARGEST_STEP = 2.5
 KIND_STEP = 1.5
@@ -89,6 +93,9 @@ class Bench(Protocol):
 
     def measured(self, candidate: Candidate) -> Candidate:
         """With its drop on the deciding images."""
+
+    def step_seconds(self, candidate: Candidate) -> float:
+        """Wall time of one training step; infinite where it cannot be trained."""
 
     def trained(self, candidate: Candidate, seconds: float, name: str, hopeless: float = math.inf) -> Candidate | None:
         """Fine-tuned for `seconds`; None when training failed.
@@ -172,15 +179,33 @@ def search(
         return tried
     shares = SHARES[settings.stage]
     ladder = Ladder.of(bench.full_cost, drops_by_cost(plans), settings.delta)
-    explore = min(max(ladder.cost(EXPLORE_DROP * settings.delta), plans[-1].cost), bench.full_cost / FINEST_RATIO)
+    explore = first_cost(bench, settings, plans, ladder, time_left)
     swap = time_left() > SWAP_SHARE * settings.time_limit
     first = bench.propose(None, explore, "stage 1, plan", PLAN_SHARE * time_left(), swap)
     first_share = shares[0] * settings.time_limit
-    if fine_tune(bench, settings, first, first_share, time_left, record, "stage 1, first fine-tune", 1) is None:
-        narrow(bench, settings, time_left, record, plans)
+    fine_tune(bench, settings, first, first_share, time_left, record, FIRST, 1, ladder.drop(first.cost))
     descend(bench, settings, shares[1:], time_left, record, tried, ladder)
-    trim(bench, settings, time_left, record, tried)
+    if any(candidate.trained and accepted(candidate, settings) for candidate in tried):
+        trim(bench, settings, time_left, record, tried)
+    else:
+        narrow(bench, settings, time_left, record, plans)
     return tried
+
+
+def first_cost(
+    bench: Bench,
+    settings: Settings,
+    plans: Sequence[Candidate],
+    ladder: Ladder,
+    time_left: Callable[[], float],
+) -> float:
+    """The cost that should just be accepted after most of the time, as other networks have recovered."""
+    like = min(plans, key=lambda plan: math.inf if plan.drop is None else abs(plan.drop.value - settings.delta))
+    half = HALF_STEPS * bench.step_seconds(like) if time_left() > 0 else math.inf
+    error = 0.0 if like.drop is None else like.drop.standard_error
+    goal = max(AIM * (settings.delta - settings.z * error), NOISE * settings.delta)
+    share = left(sum(SHARES[settings.stage]) * USED_SHARE * max(time_left(), 0.0), half)
+    return min(max(ladder.cost(goal / max(share, FIRST_LEFT)), plans[-1].cost), bench.full_cost / FINEST_RATIO)
 
 
 def walk_ladder(
@@ -240,26 +265,17 @@ def fine_tune(
     record: Callable[[Candidate], Candidate],
     name: str,
     stage: int,
+    untrained: float = 0.0,
 ) -> Candidate | None:
-    """The candidate trained and measured; None where there is no time or training failed."""
+    """The candidate trained and measured; None where there is no time or training failed.
+
+    It is given up above four delta at half time, or above its `untrained` drop where that is more.
+    """
     seconds = min(seconds, time_left())
     if seconds <= 0:
         return None
-    result = bench.trained(candidate, seconds, name, HOPELESS * settings.delta or math.inf)
+    result = bench.trained(candidate, seconds, name, max(HOPELESS * settings.delta, untrained) or math.inf)
     return None if result is None else record(bench.measured(dataclasses.replace(result, stage=stage)))
-
-
-def _secant(done: Sequence[Candidate], goal: float) -> float:
-    """The cost at which the line through the last two drops over log cost has `goal`; 0 where it does not fall."""
-    if len(done) < 2:
-        return 0.0
-    before, newest = done[-2:]
-    assert before.drop is not None
-    assert newest.drop is not None
-    steps, rise = math.log(before.cost / newest.cost), newest.drop.value - before.drop.value
-    if steps * rise <= 0:
-        return 0.0
-    return newest.cost * math.exp((newest.drop.value - goal) * steps / rise)
 
 
 def descend(
@@ -285,7 +301,10 @@ def descend(
         if time_left() < 0.5 * GIVE_BACK_SHARE * settings.time_limit:
             return
         seconds = min(share * settings.time_limit, time_left())
-        cost, source = next_step(done, ladder, settings, seconds)
+        last = index >= len(shares) - 1
+        # What is not accepted now may be by all the training that is still to come.
+        ahead = seconds if last else min(sum(shares[index:]) * settings.time_limit, time_left())
+        cost, source = next_step(done, ladder, settings, ahead, 1.0 if last else PATIENCE)
         cost = max(cost, settings.goal)
         name = f"stage {settings.stage}, {bench.full_cost / cost:.1f}x"
         if source is not None and cost >= source.cost:
@@ -296,7 +315,8 @@ def descend(
                 # So large a step loses much of what training gave: the original may be the better start.
                 afresh = bench.propose(None, cost, name, PLAN_SHARE * time_left())
                 plan = min(plan, afresh, key=lambda candidate: candidate.divergence)
-        if fine_tune(bench, settings, plan, seconds, time_left, record, name, settings.stage) is None:
+        lost = ladder.drop(plan.cost)
+        if fine_tune(bench, settings, plan, seconds, time_left, record, name, settings.stage, lost) is None:
             return
 
 
@@ -326,40 +346,43 @@ def trim(
 
 
 def next_step(
-    done: Sequence[Candidate], ladder: Ladder, settings: Settings, seconds: float
+    done: Sequence[Candidate], ladder: Ladder, settings: Settings, seconds: float, patience: float = 1.0
 ) -> tuple[float, Candidate | None]:
     """Cost that should just be accepted after `seconds` more of training, and what to start from.
 
-    Training leaves a share of the untrained drop, which the ladder knows for every cost: the share that the
-    newest candidate shows, falling with the time trained to the power -0.3. Where that is too hopeful, for the
-    share grows with what is taken away, the secant through the last two candidates bounds the step. A refused
-    candidate that was trained on once and refused again shows that time alone does not do. The start is a trained
-    candidate of at least that cost (of that very cost: it is trained on), from which a step down is at most 2.5
-    times; or the original, where only a larger network than the trained ones will do.
+    Training leaves a share of the untrained drop, which the ladder knows for every cost: the share that the newest
+    candidate shows, falling with the time trained to the power -0.4. Where that is too hopeful, for the share grows
+    with what is taken away, the secant through the last two candidates bounds the step. A refused candidate is trained
+    on where that would do at up to `patience` times its cost, for a larger one starts anew; that it was trained on
+    once and refused again shows that time alone does not do. The start is a trained candidate of at least that cost
+    (of that very cost: it is trained on), from which a step down is at most 2.5 times; or the original, where only a
+    larger network than the trained ones will do.
 
     Args:
         done: trained candidates, in the order trained.
         ladder: untrained drops.
         settings: delta and confidence.
-        seconds: of the next fine-tune.
+        seconds: of training to come.
+        patience: 1 where no further fine-tune would mend a refusal.
     """
     newest = done[-1]
     assert newest.drop is not None
     goal = AIM * (settings.delta - settings.z * newest.drop.standard_error)
-    left = max(newest.drop.value, NOISE * settings.delta) / ladder.drop(newest.cost)
+    share = max(newest.drop.value, NOISE * settings.delta) / ladder.drop(newest.cost)
 
     def reachable(source: Candidate | None) -> float:
         trained = seconds + (0.0 if source is None else source.trained)
         kept = (newest.trained / max(trained, 1e-9)) ** RECOVERY
-        share = left * kept
-        return max(ladder.cost(goal / share), _secant(done, goal / kept)) if goal > 0 and share > 0 else math.inf
+        return (
+            max(ladder.cost(goal / (share * kept)), secant(drops_by_cost(done), goal / kept)) if goal > 0 else math.inf
+        )
 
     for source in sorted(done, key=lambda c: (c.cost, -c.trained)):
         cost = max(reachable(source), source.cost / LARGEST_STEP)
         if accepted(source, settings):
             return min(cost, source.cost / FINEST_RATIO), source
         stuck = sum(c.cost == source.cost for c in done) > 1
-        if cost <= source.cost and not stuck:
+        if cost <= patience * source.cost and not stuck:
             return source.cost, source
     largest = max(c.cost for c in done)
     return max(min(reachable(None), math.exp(ladder.log_costs[0])), largest * FINEST_RATIO), None

@@ -135,6 +135,24 @@ class Tuner:
             self.warnings.append(f"{name}: the metric fell; the weights before it were kept")
         return better
 
+    def step_seconds(self, network: Network) -> float:
+        """Wall time of one training step of a network, lessons included; infinite where it cannot be trained.
+
+        A large network's blocks are trained apart, for which this says nothing: 0.
+        """
+        if self._keep is not None:
+            return 0.0
+        task = self.task
+        graph = build(task, network, batched=True)
+        lessons = Lessons(self._tutor, self._fed(network), self._memory)
+        source = examples(task.train, task.batch, task.seed, lessons, labels=False)
+        try:
+            copy = training_copy(graph, task.batch, task.types)
+            with finetune.Trainer(copy, trainable_names(task, network, graph), self.loss, task.threads) as trainer:
+                return finetune.step_seconds(trainer, source)
+        except TrainingError:
+            return math.inf
+
     def _found_rate(
         self, copy: ModelProto, names: Sequence[str], source: Iterator[finetune.Example], seconds: float
     ) -> float:

@@ -282,6 +282,10 @@ class Workbench:
         spent = clock.now() - start
         return dataclasses.replace(candidate, drop=drop, seconds=candidate.seconds + spent)
 
+    def step_seconds(self, candidate: Candidate) -> float:
+        """Wall time of one training step; infinite where it cannot be trained."""
+        return self.tuner.step_seconds(candidate.network)
+
     def trained(self, candidate: Candidate, seconds: float, name: str, hopeless: float = math.inf) -> Candidate | None:
         """Fine-tune all that can be trained; None, with a warning, when the loss does not stay finite."""
         start = clock.now()

@@ -351,7 +351,7 @@ def test_the_step_count_follows_from_the_seconds() -> None:
 def test_the_schedule_follows_the_clock(pace: float, expected: int) -> None:
     """Four steps of 0.1 s promise 100 in ten seconds; then a step takes `pace`."""
     model = filled(NETS["small"])
-    readings = [0.0, 0.1, 0.5, *(0.5 + 2 * (i + 1) * pace for i in range(200))]
+    readings = [0.0, 0.1, 0.5, 0.5, *(0.5 + 2 * (i + 1) * pace for i in range(200))]
     drawn = (example(model, False, seed=seed) for seed in itertools.count())
     with (
         Trainer(training_copy(model, BATCH), weights_of(model), VALUES, 1) as trainer,

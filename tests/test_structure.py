@@ -23,7 +23,7 @@ LONGEST = 400
 TIERS = (
     ("errors", "heap", "conv_geometry"),
     ("quantities",),
-    ("plan", "config", "walk", "clock", "ladder"),
+    ("plan", "config", "walk", "clock", "ladder", "recovery"),
     ("differentiable",),
     ("weights", "sharing"),
     ("factors", "shapes", "report"),
