@@ -297,7 +297,7 @@ def test_training_lowers_the_loss_and_arrays_come_back_by_name() -> None:
     assert exact_loss(moved, VALUES, batch) < 0.3 * exact_loss(model, VALUES, batch)
 
 
-def test_the_rate_found_is_the_largest_that_does_no_harm() -> None:
+def test_the_rate_found_is_lower_where_steps_do_more_harm() -> None:
     """Beside its teacher a network loses by large steps at once, and the sooner the larger its inputs are."""
     model = filled(NETS["small"])
 
