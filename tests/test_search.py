@@ -67,7 +67,7 @@ class FakeBench:
     swap: float | None = None
     saturates: bool = False
     clock: float = 0.0
-    pace: float = 0.1
+    pace: float = 0.05
     trainings: list[tuple[str, float, float]] = field(default_factory=list)
     realized: list[tuple[Candidate | None, Mapping[str, Option]]] = field(default_factory=list)
     rest: float = 500.0
@@ -333,6 +333,15 @@ def test_shares_of_the_time_limit_are_not_exceeded() -> None:
     assert seconds[0] == pytest.approx(0.15 * LIMIT)
     assert sum(seconds) <= LIMIT
     assert len(seconds) >= 3
+
+
+def test_few_steps_are_not_divided_among_many_fine_tunes() -> None:
+    bench = FakeBench(pace=0.5)
+    run(bench, wishes())
+    seconds = [seconds for name, seconds, _ in bench.trainings]
+    assert seconds[0] == pytest.approx(0.15 * LIMIT)
+    assert seconds[1] >= 0.6 * LIMIT
+    assert len(seconds) <= 3
 
 
 def test_the_search_repeats_itself() -> None:
