@@ -25,16 +25,16 @@ from scipy.stats import spearmanr
 from onnxneutrino import cost, prepare
 from onnxneutrino.allocate import Option, allocate
 from onnxneutrino.candidates import candidates, options, whole_point
-from onnxneutrino.chain_graph import drawn
+from onnxneutrino.chain_graph import random_factors
 from onnxneutrino.chain_latency import LatencyTable, measure
 from onnxneutrino.conductor import mark
 from onnxneutrino.config import load_config
-from onnxneutrino.factors import Factors, Stage
-from onnxneutrino.forms import applicable, full_ranks, skeleton
+from onnxneutrino.factors import Factors
+from onnxneutrino.forms import applicable, full_ranks
 from onnxneutrino.graph import load
 from onnxneutrino.layer_options import Objective, cost_unit
 from onnxneutrino.passes.factorize import factorize
-from onnxneutrino.plan import Array, Choice, Form, Layer
+from onnxneutrino.plan import Choice, Form, Layer
 from onnxneutrino.runtime import Runner, random_inputs
 
 SHARES = (0.8, 0.65, 0.5, 0.4, 0.3)
@@ -61,13 +61,6 @@ class Falling:
 
     def release(self) -> None:
         """Nothing is kept."""
-
-
-def random_factors(layer: Layer, choice: Choice) -> Factors:
-    """A chain of the right shape."""
-    stages = skeleton(choice.form, layer.weight.shape, choice.ranks)
-    bias: Array = drawn(len(layer.weight))
-    return Factors(choice.form, choice.ranks, tuple(Stage(drawn(*s.weight.shape), s.groups) for s in stages), bias)
 
 
 def plan(layers: Sequence[Layer], objective: Objective, forms: Sequence[Form], share: float, rest: float) -> Any:

@@ -6,6 +6,7 @@ plan that is chosen.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,11 +151,13 @@ def rank_grid(layer: Layer, form: Form, steps: Callable[[int, int], list[int]] |
     Up to the rank at which the chain costs as much as the layer; for `tucker2` r1 up to that of `input`, r2
     up to that of `channel`. `steps` makes ranks of the largest one and a number: `spread` or `fast_ranks`.
     """
-    axes = rank_axes(layer, form, steps or spread)
-    if form == "tucker2":
-        taps = math.prod(layer.weight.shape[2:])
-        return [(r1, r2) for r1 in axes[0] for r2 in axes[1] if r2 <= r1 * taps]
-    return [(rank,) for rank in axes[0]]
+    return crossed(layer, rank_axes(layer, form, steps or spread))
+
+
+def crossed(layer: Layer, axes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """All ranks of these axes; of two those that a core can have."""
+    taps = math.prod(layer.weight.shape[2:])
+    return [ranks for ranks in itertools.product(*axes) if len(ranks) < 2 or ranks[1] <= ranks[0] * taps]
 
 
 def rank_axes(layer: Layer, form: Form, steps: Callable[[int, int], list[int]]) -> tuple[list[int], ...]:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from onnxneutrino.factors import Factors, Stage
-from onnxneutrino.forms import skeleton
+from onnxneutrino.factors import Factors
+from onnxneutrino.forms import filled
 from onnxneutrino.passes.factorize import factorize
 from onnxneutrino.plan import Array, Choice, Layer
 
@@ -64,7 +64,7 @@ def layer_graph(layer: Layer, choice: Choice | None, *, copies: int = 1, pools: 
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR)
     if choice is None:
         return model
-    chain = _chain(layer, choice)
+    chain = random_factors(layer, choice)
     result: ModelProto = factorize(model, own, {each.name: chain for each in own})
     return result
 
@@ -85,16 +85,15 @@ def drawn(*shape: int) -> Array:
     return scaled
 
 
+def random_factors(layer: Layer, choice: Choice) -> Factors:
+    """A chain of the right shapes."""
+    return filled(choice, layer.weight, drawn(len(layer.weight)), drawn)
+
+
 def _copy(layer: Layer, index: int) -> Layer:
     name = f"layer{index}"
     nodes = (name, f"{name}/add") if layer.kind == "matmul" else (name,)
     return replace(layer, name=name, input=INPUT, output=f"{name}/output", nodes=nodes, others=())
-
-
-def _chain(layer: Layer, choice: Choice) -> Factors:
-    stages = skeleton(choice.form, layer.weight.shape, choice.ranks)
-    filled = tuple(Stage(drawn(*stage.weight.shape), stage.groups) for stage in stages)
-    return Factors(choice.form, choice.ranks, filled, drawn(len(layer.weight)))
 
 
 def _nodes(layer: Layer) -> Sequence[NodeProto]:

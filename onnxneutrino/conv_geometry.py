@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from onnxneutrino.plan import Geometry
+
 Shape = tuple[int, ...]
 
 
@@ -39,10 +41,7 @@ class ConvGeometry:
     @property
     def out(self) -> Shape:
         """Size of a map of `Y`."""
-        ends = zip(
-            self.x[2:], self.kernel, self.strides, self.dilations, self.pads, self.pads[self.rank :], strict=False
-        )
-        return tuple((size + low + high - d * (k - 1) - 1) // s + 1 for size, k, s, d, low, high in ends)
+        return Geometry(self.kernel, self.strides, self.pads, self.dilations).output_size(*self.x[2:])
 
     @property
     def y(self) -> Shape:

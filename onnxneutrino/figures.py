@@ -11,11 +11,10 @@ from onnx import ModelProto
 from onnxneutrino import cost, prepare
 from onnxneutrino.candidates import whole_point
 from onnxneutrino.chain_latency import LatencyTable
-from onnxneutrino.factors import Factors, Stage
-from onnxneutrino.forms import skeleton
+from onnxneutrino.forms import filled
 from onnxneutrino.graph import TensorType
 from onnxneutrino.layer_options import Objective, Target, cost_unit
-from onnxneutrino.plan import Choice, Layer
+from onnxneutrino.plan import Array, Choice, Layer
 from onnxneutrino.runtime import Runner, latencies
 from onnxneutrino.shapes import real_inputs
 from onnxneutrino.task import Marked, Network, Task, build
@@ -58,8 +57,12 @@ def figures(task: Task, targets: tuple[Target, ...], plan: Mapping[str, Choice])
         targets: in the order of the result.
         plan: of the layers that are factorized; empty for the original.
     """
-    layers = {layer.name: layer for layer in task.layers}
-    model = build(task, Network({name: _shaped(layers[name], choice) for name, choice in plan.items()}))
+    chains = {
+        layer.name: filled(plan[layer.name], layer.weight, layer.bias, _zeros)
+        for layer in task.layers
+        if layer.name in plan
+    }
+    model = build(task, Network(chains))
     types = task.types
     if plan:
         types = prepare.types_of(model, {value.name: task.types[value.name].shape for value in real_inputs(task.model)})
@@ -76,8 +79,5 @@ def figures(task: Task, targets: tuple[Target, ...], plan: Mapping[str, Choice])
     return np.array(found)
 
 
-def _shaped(layer: Layer, choice: Choice) -> Factors:
-    """A chain of zeros."""
-    stages = skeleton(choice.form, layer.weight.shape, choice.ranks)
-    zeros = tuple(Stage(np.zeros(stage.weight.shape, np.float32), stage.groups) for stage in stages)
-    return Factors(choice.form, choice.ranks, zeros, layer.bias)
+def _zeros(*shape: int) -> Array:
+    return np.zeros(shape, np.float32)

@@ -26,8 +26,8 @@ from onnxneutrino.factor_fit import Decomposition, Problem
 from onnxneutrino.factor_shared import SharedFeatures
 from onnxneutrino.factor_spatial import SharedFirst, channel_features
 from onnxneutrino.factor_tucker import Tucker2
-from onnxneutrino.factors import Moments, Stage
-from onnxneutrino.plan import Array, Form
+from onnxneutrino.factors import Factors, Moments, Stage
+from onnxneutrino.plan import Array, Choice, Form
 
 METHODS: Mapping[Form, Callable[[Problem, SharedFeatures], Decomposition]] = MappingProxyType(
     {
@@ -126,6 +126,20 @@ def skeleton(form: Form, shape: tuple[int, ...], ranks: tuple[int, ...]) -> tupl
     rows = (_empty(rank, 1, kh, 1, groups=rank),) if kh > 1 else ()
     columns = (_empty(rank, 1, 1, kw, groups=rank),) if kw > 1 else ()
     return _empty(rank, inputs, 1, 1), *rows, *columns, _empty(outputs, rank, 1, 1)
+
+
+def filled(choice: Choice, weight: Array, bias: Array, fill: Callable[..., Array]) -> Factors:
+    """A chain of a layer's shapes with made-up weights, for what its values do not matter to.
+
+    Args:
+        choice: form and ranks.
+        weight: of the layer; its shape counts.
+        bias: of the chain.
+        fill: makes an array of the sizes it is called with.
+    """
+    bones = skeleton(choice.form, weight.shape, choice.ranks)
+    stages = tuple(Stage(fill(*stage.weight.shape), stage.groups) for stage in bones)
+    return Factors(choice.form, choice.ranks, stages, bias)
 
 
 def _empty(*shape: int, groups: int = 1) -> Stage:

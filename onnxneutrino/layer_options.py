@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from onnxneutrino import weights
 from onnxneutrino.allocate import Option
 from onnxneutrino.candidates import (
+    PAIR_STEPS,
+    STEPS,
     Cost,
     Point,
     candidates,
     cp_challenger,
+    crossed,
     fast_ranks,
     options,
     point,
@@ -33,8 +36,6 @@ from onnxneutrino.passes.factorize import read_factors, stage_arrays
 from onnxneutrino.plan import Array, Choice, Form, Layer
 
 Keep = Callable[[NDArray[Any]], NDArray[Any]]
-PAIR_STEPS = 12
-STEPS = 24
 CP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 GOAL = 1.0  # cost of a network that just meets its hard targets: the largest share of a limit
 
@@ -177,12 +178,9 @@ class LayerOptions:
         steps = spread if self._measured is None else fast_ranks
         if form == "cp":
             grid = [(max(1, int(share * current.ranks[0])),) for share in CP_SHARES]
-        elif form == "tucker2":
-            first, second = (steps(rank, PAIR_STEPS) for rank in current.ranks)
-            taps = math.prod(self.layer.weight.shape[2:])
-            grid = [(r1, r2) for r1 in first for r2 in second if r2 <= r1 * taps]
         else:
-            grid = [(rank,) for rank in steps(current.ranks[0], STEPS)]
+            count = STEPS if len(current.ranks) == 1 else PAIR_STEPS
+            grid = crossed(self.layer, [steps(rank, count) for rank in current.ranks])
         limit = self.fits[form].limit
         grid = [
             ranks

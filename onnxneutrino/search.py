@@ -39,11 +39,13 @@ SPENT = 0.8  # of delta, with the upper bound of the drop: nothing is left to sp
 LARGEST_TRIM = 1.25
 PLAN_SHARE = 0.05  # of the time left, for one more plan to choose from
 SWAP_SHARE = 0.5  # of the time limit that must be left for forms that are dear to fit
-SHARES = {1: (0.15, 0.50), 2: (0.15, 0.23, 0.40)}  # of the time limit, for the fine-tunes of a stage
-# With fewer steps in all, one long fine-tune is worth more than two: each begins with large steps anew (VGG-like,
-# 19.8 times smaller: a drop of 1.22 after 960 steps, of 1.14 after 1700 more; 13.9 times: 0.08 after 3100 at once).
+SHARES: dict[int, tuple[float, ...]] = {
+    1: (0.15, 0.50),
+    2: (0.15, 0.23, 0.40),
+}  # of the time limit, for the fine-tunes of a stage
+# With fewer steps, one long fine-tune is worth more than two, for each begins with large steps anew: VGG-like, 19.8x,
+# lost 1.22 after 960 steps and 1.14 after 1700 more; 13.9x lost 0.08 after 3100 at once.
 FEW_STEPS = 10_000
-FEW_SHARES = {1: (0.15, 0.50), 2: (0.15, 0.63)}
 GIVE_BACK_SHARE = 0.06
 TRIM_SHARE = 0.03
 FINEST_RATIO = 1.03
@@ -135,6 +137,9 @@ class Settings:
     large_drop: float = math.inf
 
 
+Record = Callable[[Candidate], Candidate]
+
+
 def accepted(candidate: Candidate, settings: Settings) -> bool:
     """`drop + z · standard error <= delta` on the deciding images (design 3.11)."""
     return upper(candidate, settings) <= settings.delta
@@ -149,6 +154,18 @@ def upper(candidate: Candidate, settings: Settings) -> float:
 def drops_by_cost(candidates: Sequence[Candidate]) -> list[tuple[float, float]]:
     """Cost and drop of those that were measured."""
     return [(own.cost, own.drop.value) for own in candidates if own.drop is not None]
+
+
+def recorder(settings: Settings, tell: Callable[[Candidate, bool], None]) -> tuple[list[Candidate], Record]:
+    """A list of candidates, and what puts a measured one at its end and tells of it."""
+    tried: list[Candidate] = []
+
+    def record(candidate: Candidate) -> Candidate:
+        tried.append(candidate)
+        tell(candidate, accepted(candidate, settings))
+        return candidate
+
+    return tried, record
 
 
 def search(
@@ -168,13 +185,7 @@ def search(
     Returns:
         Every measured candidate, in the order tried.
     """
-    tried: list[Candidate] = []
-
-    def record(candidate: Candidate) -> Candidate:
-        tried.append(candidate)
-        tell(candidate, accepted(candidate, settings))
-        return candidate
-
+    tried, record = recorder(settings, tell)
     plans = walk_ladder(bench, settings, time_left, record)
     if settings.dry_run or not plans:
         return tried
@@ -184,7 +195,8 @@ def search(
     ladder = Ladder.of(bench.full_cost, drops_by_cost(plans), settings.delta)
     like = min(plans, key=lambda plan: math.inf if plan.drop is None else abs(plan.drop.value - settings.delta))
     pace = bench.step_seconds(like) if time_left() > 0 else math.inf
-    shares = (FEW_SHARES if pace * FEW_STEPS > time_left() else SHARES)[settings.stage]
+    shares = SHARES[settings.stage]
+    shares = shares if pace * FEW_STEPS <= time_left() else (shares[0], sum(shares[1:]))
     explore = first_cost(settings, like, ladder, pace, sum(shares) * max(time_left(), 0.0))
     explore = min(max(explore, plans[-1].cost), bench.full_cost / FINEST_RATIO)
     swap = time_left() > SWAP_SHARE * settings.time_limit
@@ -200,14 +212,10 @@ def search(
 
 
 def first_cost(settings: Settings, like: Candidate, ladder: Ladder, pace: float, seconds: float) -> float:
-    """The cost that should just be accepted after most of `seconds`, as other networks have recovered.
+    """The cost that should just be accepted after most of `seconds` of training, as other networks have recovered.
 
-    Args:
-        settings: delta and confidence.
-        like: an untrained network that loses about delta; its standard error is taken.
-        ladder: untrained drops.
-        pace: seconds of a training step; 0 where that is not known.
-        seconds: of training to come.
+    `like` is an untrained network that loses about delta, for its standard error; `pace` are the seconds of a training
+    step, 0 where they are not known.
     """
     error = 0.0 if like.drop is None else like.drop.standard_error
     goal = max(AIM * (settings.delta - settings.z * error), NOISE * settings.delta)
@@ -215,12 +223,7 @@ def first_cost(settings: Settings, like: Candidate, ladder: Ladder, pace: float,
     return ladder.cost(goal / max(share, FIRST_LEFT))
 
 
-def walk_ladder(
-    bench: Bench,
-    settings: Settings,
-    time_left: Callable[[], float],
-    record: Callable[[Candidate], Candidate],
-) -> list[Candidate]:
+def walk_ladder(bench: Bench, settings: Settings, time_left: Callable[[], float], record: Record) -> list[Candidate]:
     """Untrained plans of falling cost, until one has lost far more than training could bring back."""
     ladder: list[Candidate] = []
     floor = bench.least_cost
@@ -245,7 +248,7 @@ def narrow(
     bench: Bench,
     settings: Settings,
     time_left: Callable[[], float],
-    record: Callable[[Candidate], Candidate],
+    record: Record,
     ladder: Sequence[Candidate],
 ) -> None:
     """Without training: bisect between the smallest accepted and the largest refused plan."""
@@ -269,7 +272,7 @@ def fine_tune(
     candidate: Candidate,
     seconds: float,
     time_left: Callable[[], float],
-    record: Callable[[Candidate], Candidate],
+    record: Record,
     name: str,
     stage: int,
     untrained: float = 0.0,
@@ -290,7 +293,7 @@ def descend(
     settings: Settings,
     shares: Sequence[float],
     time_left: Callable[[], float],
-    record: Callable[[Candidate], Candidate],
+    record: Record,
     tried: Sequence[Candidate],
     ladder: Ladder,
 ) -> None:
@@ -331,7 +334,7 @@ def trim(
     bench: Bench,
     settings: Settings,
     time_left: Callable[[], float],
-    record: Callable[[Candidate], Candidate],
+    record: Record,
     tried: Sequence[Candidate],
 ) -> None:
     """Spend what is left of delta without training: truncate the smallest accepted network, bisecting the cost."""
@@ -378,11 +381,11 @@ def next_step(
     share = max(newest.drop.value, NOISE * settings.delta) / ladder.drop(newest.cost)
 
     def reachable(source: Candidate | None) -> float:
+        if goal <= 0:
+            return math.inf
         trained = seconds + (0.0 if source is None else source.trained)
         kept = (newest.trained / max(trained, 1e-9)) ** RECOVERY
-        return (
-            max(ladder.cost(goal / (share * kept)), secant(drops_by_cost(done), goal / kept)) if goal > 0 else math.inf
-        )
+        return max(ladder.cost(goal / (share * kept)), secant(drops_by_cost(done), goal / kept))
 
     for source in sorted(done, key=lambda c: (c.cost, -c.trained)):
         cost = max(reachable(source), source.cost / LARGEST_STEP)

@@ -14,6 +14,7 @@ from onnxneutrino.ladder import Ladder
 from onnxneutrino.layer_options import GOAL
 from onnxneutrino.search import (
     FINEST_RATIO,
+    FIRST,
     GIVE_BACK_SHARE,
     PLAN_SHARE,
     Bench,
@@ -24,6 +25,7 @@ from onnxneutrino.search import (
     drops_by_cost,
     fine_tune,
     narrow,
+    recorder,
     trim,
     walk_ladder,
 )
@@ -51,12 +53,7 @@ def search_targets(
     Returns:
         Every measured candidate, in the order tried.
     """
-    tried: list[Candidate] = []
-
-    def record(candidate: Candidate) -> Candidate:
-        tried.append(candidate)
-        tell(candidate, accepted(candidate, settings))
-        return candidate
+    tried, record = recorder(settings, tell)
 
     def untrained(cost: float, name: str, swap: bool = False) -> Candidate:
         return record(bench.measured(bench.propose(None, cost, name, PLAN_SHARE * time_left(), swap)))
@@ -108,7 +105,7 @@ def _at_targets(
     if settings.stage == 2 and drop > settings.large_drop and larger > plan.cost * FINEST_RATIO:
         start = untrained(larger, "stage 1, larger plan")
         seconds = FIRST_SHARE * time_left()
-        first = fine_tune(bench, settings, start, seconds, time_left, record, "stage 1, first fine-tune", 1)
+        first = fine_tune(bench, settings, start, seconds, time_left, record, FIRST, 1)
         if first is not None:
             cut = bench.propose(first, GOAL, "stage 2, plan at the targets", PLAN_SHARE * time_left())
             plan = min((cut, plan), key=lambda own: (max(own.cost, GOAL), own.divergence))

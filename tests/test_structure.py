@@ -21,10 +21,10 @@ LONGEST = 400
 # Every module of the package, lowest first. A module may import only modules of earlier lines; `passes.*` is
 # any single pass, `passes` the tuples in passes/__init__.py, `` the package's own __init__.py.
 TIERS = (
-    ("errors", "heap", "conv_geometry"),
+    ("errors", "heap"),
     ("quantities",),
     ("plan", "config", "walk", "clock", "ladder", "recovery"),
-    ("differentiable",),
+    ("differentiable", "conv_geometry"),
     ("weights", "sharing"),
     ("factors", "shapes", "report"),
     ("opset_down",),
