@@ -27,12 +27,12 @@ from threadpoolctl import threadpool_limits
 
 from onnxneutrino import conductor, metrics, prepare
 from onnxneutrino.allocate import Option, allocate
+from onnxneutrino.bench import Candidate, drops_by_cost
 from onnxneutrino.config import load_config
 from onnxneutrino.data import Split, deciding
 from onnxneutrino.graph import load
 from onnxneutrino.ladder import Ladder
 from onnxneutrino.proposals import POWERS, predicted
-from onnxneutrino.search import Candidate, drops_by_cost
 from onnxneutrino.summary import versions
 from onnxneutrino.task import Task
 from onnxneutrino.tuning import metric_rows

@@ -20,6 +20,7 @@ from baseline_vbmf import evbmf_rank
 
 from onnxneutrino import finetune, metrics
 from onnxneutrino.allocate import Option
+from onnxneutrino.bench import Candidate
 from onnxneutrino.candidates import point, whole_point
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.factors import Factors
@@ -29,7 +30,6 @@ from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Choice, Layer
 from onnxneutrino.probe import divergence, probe_batches
 from onnxneutrino.runtime import Runner
-from onnxneutrino.search import Candidate
 from onnxneutrino.task import Network, Task, build
 from onnxneutrino.tuning import Tuner, metric_rows
 

@@ -29,7 +29,8 @@ from baseline_torch import Net, converted, exported
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxneutrino import choice, conductor, cost, finetune, metrics, prepare, summary, task, tuning
+from onnxneutrino import choice, conductor, cost, finetune, prepare, summary, task, tuning
+from onnxneutrino.bench import Candidate
 from onnxneutrino.errors import ModelError, TrainingError
 from onnxneutrino.finetune import Example, prefetched
 from onnxneutrino.graph import load
@@ -37,11 +38,10 @@ from onnxneutrino.losses import PREFIX, Loss, loss_inputs
 from onnxneutrino.normalize import relative_error, restored
 from onnxneutrino.passes import fold_constants, free_batch, slim
 from onnxneutrino.runtime import Runner
-from onnxneutrino.search import Candidate
-from onnxneutrino.task import FineTune, Network, Task
+from onnxneutrino.task import Network, Task
 from onnxneutrino.teaching import Lessons, examples
 from onnxneutrino.training_plan import TrainingPlan
-from onnxneutrino.tuning import STOP_IMAGES, metric_rows
+from onnxneutrino.tuning import Looks
 
 BISECTIONS = 10
 LEAST_KEPT = 0.03
@@ -207,26 +207,16 @@ class TorchTuner(PlainTuner):
         source = examples(own.train, own.batch, own.seed + len(self.fine_tunes), Lessons(self._tutor, None), labels)
         trainer = TorchTrainer(given.net, loss, self._fed_input, own.batch)
 
-        def lost(arrays: Any) -> bool:
-            few = np.arange(min(len(own.select), STOP_IMAGES))
-            rows = metric_rows(own, self._written(trainer.net), own.select.subset(few))
-            drop = metrics.drop(own.metric, own.original_rows[few], rows, seed=own.seed)
-            return drop.value - drop.standard_error > hopeless
-
+        looks = Looks(own, lambda arrays: self._written(trainer.net), hopeless)
         try:
             with contextlib.closing(prefetched(source)) as ahead:
                 left = seconds - (time.perf_counter() - start)
                 same = cast(finetune.Trainer, trainer)
-                result = finetune.fine_tune(
-                    same, ahead, seconds=left, learning_rate=finetune.DEFAULT_RATE, hopeless=lost
-                )
+                result = finetune.fine_tune(same, ahead, seconds=left, learning_rate=finetune.DEFAULT_RATE, look=looks)
         except TrainingError as error:
             self.warnings.append(f"{name}: {error}; the candidate is dropped")
             return None
-        spent = time.perf_counter() - start
-        count = min(20, len(result.losses))
-        first, last = float(np.mean(result.losses[:count])), float(np.mean(result.losses[-count:]))
-        self.fine_tunes.append(FineTune(name, len(result.losses), own.batch, finetune.DEFAULT_RATE, spent, first, last))
+        self.fine_tunes.append(looks.record(name, result))
         better = self._better(given, self._written(trainer.net))
         if better is given:
             self.warnings.append(f"{name}: the metric fell; the weights before it were kept")

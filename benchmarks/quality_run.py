@@ -29,8 +29,9 @@ from threadpoolctl import threadpool_limits
 from onnxneutrino import conductor, cost, metrics, prepare, search
 from onnxneutrino.config import Config, load_config
 from onnxneutrino.data import deciding
+from onnxneutrino.events import Event
 from onnxneutrino.graph import load, save
-from onnxneutrino.report import Event, Report
+from onnxneutrino.report import Report
 from onnxneutrino.runtime import Runner
 from onnxneutrino.summary import interval, measured_latencies, versions
 from onnxneutrino.task import Network, Task, build

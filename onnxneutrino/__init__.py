@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
     from onnxneutrino.conductor import Result
-    from onnxneutrino.report import Event
+    from onnxneutrino.events import Event
 
 __all__ = [
     "DataError",

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from onnxneutrino import metrics, prepare
+from onnxneutrino.bench import Candidate, Settings, accepted
 from onnxneutrino.chain_latency import LatencyTable
 from onnxneutrino.data import Deciding
 from onnxneutrino.formats import format_ms
-from onnxneutrino.search import Candidate, Settings, accepted
 from onnxneutrino.summary import Chosen, measured_latencies
 from onnxneutrino.task import Task, build
 

@@ -288,7 +288,7 @@ def emit(json_file: str | None, text: str) -> None:
 
 def as_json(value: Any) -> str:
     """JSON with a line feed at the end; NaN as null."""
-    from onnxneutrino.report import plain
+    from onnxneutrino.json_values import plain
 
     return json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
 

@@ -18,12 +18,14 @@ from onnx import ModelProto
 from threadpoolctl import threadpool_limits
 
 from onnxneutrino import cost, large, metrics, prepare
+from onnxneutrino.bench import Candidate, Settings
 from onnxneutrino.chain_latency import LatencyTable, measure
 from onnxneutrino.choice import choose
 from onnxneutrino.clock import now, recording
 from onnxneutrino.config import Config
 from onnxneutrino.data import Dataset, Deciding, Inputs, deciding
 from onnxneutrino.errors import ModelError, OutputError, TrainingError
+from onnxneutrino.events import Event
 from onnxneutrino.figures import figures, rest_cost
 from onnxneutrino.formats import format_metric
 from onnxneutrino.graph import check, check_writable, load, save
@@ -31,9 +33,9 @@ from onnxneutrino.layer_options import GOAL, Objective, Target
 from onnxneutrino.normalize import normalize
 from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Frozen, Layer
-from onnxneutrino.report import CandidateRow, Event, Report, TargetRow
+from onnxneutrino.report import CandidateRow, Report, TargetRow
 from onnxneutrino.runtime import Runner, random_inputs, runtime_conflict
-from onnxneutrino.search import Candidate, Settings, search
+from onnxneutrino.search import search
 from onnxneutrino.summary import candidate_line, candidate_row, make_report, with_file_size
 from onnxneutrino.target_search import search_targets
 from onnxneutrino.task import FineTune, Marked, Network, Task, build, trainable_initializers
@@ -287,6 +289,7 @@ def make_task(
         stop=dataset.stop,
         select=judges.select,
         original_rows=original_rows,
+        delta=config.largest_drop,
         objective=objective,
         rest=rest,
         batch=min(prepare.training_batch(marked.model, marked.types), len(dataset.train)) if marked.freed else 1,

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxneutrino.cost import NodeCost
+from onnxneutrino.events import Event
 from onnxneutrino.formats import (
     format_bytes,
     format_count,
@@ -30,7 +31,7 @@ from onnxneutrino.formats import (
     format_shape,
 )
 from onnxneutrino.plan import FORMS
-from onnxneutrino.report import COST_FIELDS, Event, Report, SixMetrics, TargetRow, enhancement, ratio
+from onnxneutrino.report import COST_FIELDS, Report, SixMetrics, TargetRow, enhancement, ratio
 
 WIDTH = 80
 PAUSE = 10.0

@@ -40,8 +40,7 @@ MINIMUM_OPSET = 13
 WARMUP_SHARE = 0.05
 MAX_GRADIENT_NORM = 1.0
 TIMED_STEPS = 4
-READINGS = 40
-REFRESHES = 10
+READINGS, REFRESHES, LOOKS = 40, 10, 4  # in one fine-tune
 DEFAULT_RATE = 1e-3
 RATES = (8e-4, 3e-3)
 FIRST_RATE = 3e-4
@@ -308,7 +307,7 @@ def fine_tune(
     steps: int | None = None,
     report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
     refresh: Callable[[Arrays], None] | None = None,
-    hopeless: Callable[[Arrays], bool] | None = None,
+    look: Callable[[Arrays, int, float], bool] | None = None,
 ) -> Trained:
     """Train for about `seconds`: the first steps are timed at rate zero and give the number of steps.
 
@@ -322,7 +321,8 @@ def fine_tune(
         steps: number of steps, when it is known already; nothing is timed then.
         report: called with step, steps and loss about once a second.
         refresh: called with the arrays as they are, a few times in all.
-        hopeless: asked with the arrays as they are after half of the steps; True ends the training there.
+        look: asked after each quarter of the steps but the last, with the arrays as they are, the step and the share
+            of the steps that it stands for; True ends the training there.
 
     Raises:
         TrainingError: the loss or a trained array is not finite.
@@ -336,7 +336,7 @@ def fine_tune(
     schedule = Schedule(steps, trainer.batch, learning_rate)
     between_readings, between_looks = max(1, steps // READINGS), max(1, steps // REFRESHES)
     losses: list[float] = []
-    told = time.perf_counter()
+    told, looked = time.perf_counter(), 1
     while (step := len(losses)) < schedule.steps:
         if given is None and step and step % between_readings == 0:
             now = clock.now()
@@ -344,10 +344,10 @@ def fine_tune(
             schedule = replace(schedule, steps=step + max(1, int(left)))
         if refresh is not None and step and step % between_looks == 0:
             refresh(trainer.arrays())
-        if hopeless is not None and step and step >= schedule.steps // 2:
-            if hopeless(trainer.arrays()):
+        if look is not None and step and step >= looked * schedule.steps // LOOKS and looked < LOOKS:
+            if look(trainer.arrays(), step, looked / LOOKS):
                 break
-            hopeless = None
+            looked += 1
         losses.append(trainer.step(next(examples), schedule.rate(step)))
         if time.perf_counter() - told > 1.0:
             told = time.perf_counter()

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from onnxneutrino.allocate import Option, allocate
 from onnxneutrino.anneal import anneal
-from onnxneutrino.search import Candidate
+from onnxneutrino.bench import Candidate
 
 POWERS = (0.5, 0.0, 1.0)
 # Chooses one of the options of every layer so that the whole network costs at most so much.
@@ -23,10 +23,11 @@ Within = Callable[[Mapping[str, Sequence[Option]], float], Mapping[str, Option]]
 class Planner(Protocol):
     """What a proposal needs to know about the network."""
 
-    def options(self, source: Candidate | None) -> tuple[Mapping[str, Sequence[Option]], float]:
+    def options(self, source: Candidate | None, cost: float = 0.0) -> tuple[Mapping[str, Sequence[Option]], float]:
         """Options of every layer, loss = relative output error, and the cost of all the rest.
 
-        From the original for None, else from the trained chains of `source`, forms frozen.
+        From the original for None, else from the trained chains of `source`, forms frozen: truncated, or where the
+        network may have more than its cost, with components of the original added.
         """
 
     def sensitivities(self) -> Mapping[str, Callable[[float], float]]:
@@ -72,7 +73,7 @@ def propose(
         seed: of the annealing.
         within: allocates under hard targets; None for one cost, which is the sum of the options' and the rest.
     """
-    options, rest = planner.options(source)
+    options, rest = planner.options(source, cost)
     curves = planner.sensitivities()
     own_options = {layer: {option.choice: option for option in own} for layer, own in options.items()}
     plans: list[dict[str, Option]] = []

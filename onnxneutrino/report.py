@@ -6,16 +6,14 @@ Numbers are data here, in full precision; `formats.py` turns them into words, `c
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from onnxneutrino.errors import UsageError
+from onnxneutrino.json_values import MismatchError, decode, plain
 from onnxneutrino.plan import Choice
 
 # The metric that each objective makes small, and each hard target bounds.
@@ -26,25 +24,6 @@ COST_FIELDS = {
     "memory": "memory_bytes",
     "latency": "latency_ms",
 }
-
-
-@dataclass(frozen=True)
-class Event:
-    """One sign of progress.
-
-    Attributes:
-        phase: what the run is at.
-        detail: what it is doing there.
-        elapsed: seconds since the start.
-        time_left: seconds to the end, None where that cannot be told yet.
-        message: a result that should stay in sight; empty for none.
-    """
-
-    phase: str
-    detail: str = ""
-    elapsed: float = 0.0
-    time_left: float | None = None
-    message: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +82,8 @@ class LayerRow:
     ranks: tuple[int, ...]
     params_before: int
     params_after: int
+    macs_before: int
+    macs_after: int
     reason: str | None
 
 
@@ -126,14 +107,78 @@ class CandidateRow:
 
 
 @dataclass(frozen=True)
+class SensitivityPoint:
+    """One layer factorized alone: the relative error of its output, and how far the network's outputs diverge."""
+
+    error: float
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much the outputs suffer for one layer's error: measured points, by rising error."""
+
+    layer: str
+    points: tuple[SensitivityPoint, ...]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A fine-tune after `step` steps: mean loss since the point before, and the metric where it was looked at."""
+
+    step: int
+    loss: float
+    metric: float | None = None
+
+
+@dataclass(frozen=True)
 class Training:
-    """One fine-tune, as it was fixed from the clock and can be repeated."""
+    """One fine-tune, as it was fixed from the clock and can be repeated.
+
+    `floor` is what the metric of the curve's points must reach, delta below the original on the same images.
+    """
 
     name: str
     steps: int
     batch_size: int
     threads: int
     learning_rate: float
+    curve: tuple[CurvePoint, ...] = ()
+    floor: float | None = None
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often the original said one class where the compressed network said another, or the same."""
+
+    original: int
+    compressed: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Original and compressed network on the same test examples.
+
+    Attributes:
+        examples: how many were compared, the first of the test split.
+        value: the metric `agreement`, in percent.
+        both_right: examples that both classify rightly; None without labels, and so for the next three.
+        only_original: that only the original does.
+        only_compressed: that only the compressed network does.
+        both_wrong: that neither does.
+        classes: of a classifier; None for other networks.
+        confusions: pairs of classes that occur, the most frequent first.
+    """
+
+    examples: int
+    value: float
+    both_right: int | None = None
+    only_original: int | None = None
+    only_compressed: int | None = None
+    both_wrong: int | None = None
+    classes: int | None = None
+    confusions: tuple[Confusion, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,8 +234,12 @@ class Report:
         objective: the cost that was to become smaller.
         compressed: whether the written model is smaller than the normalized original.
         seconds: wall time by phase.
+        sensitivities: of every marked layer that was measured.
+        agreement: of original and written model on test examples.
+        command: that was given; empty from Python.
         settings: the options of the command, by name; JSON values, so lists and no tuples.
-        versions: of the libraries in use, by name.
+        versions: of Python and the libraries in use, by name.
+        machine: system, processor and cores, in words.
         sha256: of the written model; its external data's name has their own digest in it.
         clock: every reading of time that decided something, in seconds (`--replay`).
     """
@@ -213,13 +262,17 @@ class Report:
     targets: tuple[TargetRow, ...] = ()
     layers: tuple[LayerRow, ...] = ()
     normalization: tuple[str, ...] = ()
+    sensitivities: tuple[Sensitivity, ...] = ()
+    agreement: Agreement | None = None
     candidates: tuple[CandidateRow, ...] = ()
     training: tuple[Training, ...] = ()
     blocks: tuple[TrainedBlock, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
+    command: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    machine: str = ""
     warnings: tuple[str, ...] = ()
     sha256: str = ""
     clock: tuple[float, ...] = ()
@@ -249,10 +302,10 @@ class Report:
             UsageError: not JSON, or not such a report; names the key.
         """
         try:
-            report: Report = _decode(cls, json.loads(text), "report")
+            report: Report = decode(cls, json.loads(text), "report")
         except json.JSONDecodeError as error:
             raise UsageError(f"{source}: is not JSON ({error}); give a report that compress wrote") from error
-        except _MismatchError as error:
+        except MismatchError as error:
             raise UsageError(f"{source}: {error}; give a report that this version wrote") from None
         return report
 
@@ -267,62 +320,3 @@ def enhancement(original: SixMetrics, compressed: SixMetrics, drop: float | None
 def ratio(before: float, after: float) -> float:
     """Divide `before / after`; NaN where `after` is zero."""
     return before / after if after else math.nan
-
-
-class _MismatchError(Exception):
-    """JSON that does not have the shape of the dataclass; the message names the key."""
-
-
-def plain(value: Any) -> Any:
-    """Replace what JSON cannot hold: NaN and infinities by None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """Build a value of the annotated type `kind` from JSON; `where` is the key's path.
-
-    Of unions only `X | None` occurs.
-    """
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _decode(arguments[0], value, where)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _decode_fields(kind, value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if isinstance(value, dict) and len(arguments) == 2:
-        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is typing.Literal and value in arguments:
-        return value
-    if kind is float and (value is None or type(value) in (int, float)):
-        return math.nan if value is None else float(value)
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    raise _MismatchError(f"'{where}' cannot be {json.dumps(value)[:40]}")
-
-
-def _decode_fields(kind: type, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise _MismatchError(f"'{where}' must be an object")
-    hints = _hints(kind)
-    for key in value:
-        if key not in hints:
-            raise _MismatchError(f"unknown key '{where}.{key}'")
-    for entry in dataclasses.fields(kind):
-        optional = entry.default is not dataclasses.MISSING or entry.default_factory is not dataclasses.MISSING
-        if entry.name not in value and not optional:
-            raise _MismatchError(f"'{where}.{entry.name}' is missing")
-    return kind(**{key: _decode(hints[key], item, f"{where}.{key}") for key, item in value.items()})

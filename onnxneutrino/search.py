@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
 
-from onnxneutrino.allocate import Option
+from onnxneutrino.bench import Bench, Candidate, Record, Settings, accepted, drops_by_cost, recorder
 from onnxneutrino.ladder import NOISE, Ladder
-from onnxneutrino.metrics import Drop
 from onnxneutrino.recovery import HALF_STEPS, left, secant
+from onnxneutrino.spend import AIM, FINEST_RATIO, give_back, trim
 
 FIRST = "stage 1, first fine-tune"
 FIRST_RATIO = 1.5
@@ -31,12 +29,9 @@ USED_SHARE = 0.7  # of the training time, that the first network counts on
 FIRST_LEFT = 0.25  # the least share of an untrained drop that it counts on
 RECOVERY = 0.4
 PATIENCE = 1.2
-AIM = 0.9  # of what delta allows
 LARGEST_STEP = 2.5
 KIND_STEP = 1.5
 HOPELESS = 4.0  # times delta
-SPENT = 0.8  # of delta, with the upper bound of the drop: nothing is left to spend
-LARGEST_TRIM = 1.25
 PLAN_SHARE = 0.05  # of the time left, for one more plan to choose from
 SWAP_SHARE = 0.5  # of the time limit that must be left for forms that are dear to fit
 SHARES: dict[int, tuple[float, ...]] = {
@@ -47,125 +42,8 @@ SHARES: dict[int, tuple[float, ...]] = {
 # lost 1.22 after 960 steps and 1.14 after 1700 more; 13.9x lost 0.08 after 3100 at once.
 FEW_STEPS = 10_000
 GIVE_BACK_SHARE = 0.06
+LEAST_SHARE = 0.03  # of the time limit: no fine-tune is shorter
 TRIM_SHARE = 0.03
-FINEST_RATIO = 1.03
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """One network that was tried.
-
-    Attributes:
-        name: for the report.
-        network: its factors and arrays, known to the bench alone.
-        choices: the option of every layer.
-        cost: of the whole network, in the unit of the objective.
-        divergence: from the original's outputs on calibration inputs.
-        drop: on the deciding images; None while not measured.
-        trained: seconds of fine-tuning behind it, those of its predecessors included.
-        stage: 1 or 2.
-        seconds: wall time it took to make, train and measure.
-    """
-
-    name: str
-    network: Any
-    choices: Mapping[str, Option]
-    cost: float
-    divergence: float
-    drop: Drop | None = None
-    trained: float = 0.0
-    stage: int = 1
-    seconds: float = 0.0
-
-
-class Bench(Protocol):
-    """What the search needs to know about the network."""
-
-    @property
-    def full_cost(self) -> float:
-        """Cost of the original network."""
-
-    @property
-    def least_cost(self) -> float:
-        """Cost of the smallest network there is."""
-
-    def propose(
-        self, source: Candidate | None, cost: float, name: str, seconds: float = 0.0, swap: bool = False
-    ) -> Candidate:
-        """The refitted, untrained network of at most `cost`: see `proposals.propose`.
-
-        From the original for None, else from the trained chains of `source`, forms frozen.
-        """
-
-    def measured(self, candidate: Candidate) -> Candidate:
-        """With its drop on the deciding images."""
-
-    def step_seconds(self, candidate: Candidate) -> float:
-        """Wall time of one training step; infinite where it cannot be trained."""
-
-    def trained(self, candidate: Candidate, seconds: float, name: str, hopeless: float = math.inf) -> Candidate | None:
-        """Fine-tuned for `seconds`; None when training failed.
-
-        Half of the time will do where the drop is above `hopeless` by then.
-        """
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How far a search may go.
-
-    Attributes:
-        delta: largest drop, in the metric's units.
-        z: one-sided normal quantile of the confidence.
-        stage: 1 or 2, the last stage to run.
-        time_limit: of the whole run, in seconds; fine-tunes get shares of it.
-        train: False compares untrained plans only.
-        dry_run: stop before the first training step.
-        seed: of the annealing.
-        goal: cost below which nothing is gained: 1 with hard targets.
-        large_drop: with hard targets, the untrained drop above which a larger network is trained first.
-    """
-
-    delta: float
-    z: float
-    stage: int
-    time_limit: float
-    train: bool
-    dry_run: bool
-    seed: int
-    goal: float = 0.0
-    large_drop: float = math.inf
-
-
-Record = Callable[[Candidate], Candidate]
-
-
-def accepted(candidate: Candidate, settings: Settings) -> bool:
-    """`drop + z · standard error <= delta` on the deciding images (design 3.11)."""
-    return upper(candidate, settings) <= settings.delta
-
-
-def upper(candidate: Candidate, settings: Settings) -> float:
-    """Upper bound of the drop on the deciding images, `drop + z · standard error`; infinite while not measured."""
-    drop = candidate.drop
-    return math.inf if drop is None else drop.value + settings.z * drop.standard_error
-
-
-def drops_by_cost(candidates: Sequence[Candidate]) -> list[tuple[float, float]]:
-    """Cost and drop of those that were measured."""
-    return [(own.cost, own.drop.value) for own in candidates if own.drop is not None]
-
-
-def recorder(settings: Settings, tell: Callable[[Candidate, bool], None]) -> tuple[list[Candidate], Record]:
-    """A list of candidates, and what puts a measured one at its end and tells of it."""
-    tried: list[Candidate] = []
-
-    def record(candidate: Candidate) -> Candidate:
-        tried.append(candidate)
-        tell(candidate, accepted(candidate, settings))
-        return candidate
-
-    return tried, record
 
 
 def search(
@@ -204,6 +82,7 @@ def search(
     first_share = shares[0] * settings.time_limit
     fine_tune(bench, settings, first, first_share, time_left, record, FIRST, 1, ladder.drop(first.cost))
     descend(bench, settings, shares[1:], time_left, record, tried, ladder)
+    give_back(bench, settings, time_left, record, tried, ladder)
     if any(candidate.trained and accepted(candidate, settings) for candidate in tried):
         trim(bench, settings, time_left, record, tried)
     else:
@@ -297,21 +176,16 @@ def descend(
     tried: Sequence[Candidate],
     ladder: Ladder,
 ) -> None:
-    """Fine-tunes of falling cost; when the last one is refused, part of what it removed is given back."""
-    for index, share in enumerate((*shares, GIVE_BACK_SHARE)):
+    """Fine-tunes of falling cost, each from the one before; the last has all the time but what spending delta takes."""
+    for index, share in enumerate(shares):
         done = [candidate for candidate in tried if candidate.trained > 0]
-        if not done:
+        if not done or any(candidate.cost <= settings.goal and accepted(candidate, settings) for candidate in done):
             return
-        reached = any(candidate.cost <= settings.goal and accepted(candidate, settings) for candidate in done)
-        if reached or (index == len(shares) and accepted(done[-1], settings)):
+        last = index == len(shares) - 1
+        kept = (TRIM_SHARE + GIVE_BACK_SHARE) * settings.time_limit
+        seconds = time_left() - kept if last else min(share * settings.time_limit, time_left())
+        if seconds < LEAST_SHARE * settings.time_limit:
             return
-        if index >= len(shares) - 1:
-            kept = TRIM_SHARE + (index < len(shares)) * GIVE_BACK_SHARE
-            share = max(share, time_left() / settings.time_limit - kept)
-        if time_left() < 0.5 * GIVE_BACK_SHARE * settings.time_limit:
-            return
-        seconds = min(share * settings.time_limit, time_left())
-        last = index >= len(shares) - 1
         # What is not accepted now may be by all the training that is still to come.
         ahead = seconds if last else min(sum(shares[index:]) * settings.time_limit, time_left())
         cost, source = next_step(done, ladder, settings, ahead, 1.0 if last else PATIENCE)
@@ -328,31 +202,6 @@ def descend(
         lost = ladder.drop(plan.cost)
         if fine_tune(bench, settings, plan, seconds, time_left, record, name, settings.stage, lost) is None:
             return
-
-
-def trim(
-    bench: Bench,
-    settings: Settings,
-    time_left: Callable[[], float],
-    record: Record,
-    tried: Sequence[Candidate],
-) -> None:
-    """Spend what is left of delta without training: truncate the smallest accepted network, bisecting the cost."""
-    source = min((c for c in tried if accepted(c, settings)), key=lambda c: c.cost, default=None)
-    if source is None or not source.trained:
-        return
-    good, bad = source, max(source.cost / LARGEST_TRIM, settings.goal / FINEST_RATIO)
-    while upper(good, settings) < SPENT * settings.delta and good.cost > FINEST_RATIO * bad and time_left() > 0:
-        cost = max(math.sqrt(good.cost * bad), good.cost / LARGEST_TRIM, settings.goal)
-        name = f"stage {settings.stage}, trimmed to {bench.full_cost / cost:.1f}x"
-        candidate = bench.propose(source, cost, name, 0.0)
-        if not bad < candidate.cost < good.cost:
-            return
-        candidate = record(bench.measured(dataclasses.replace(candidate, stage=settings.stage)))
-        if accepted(candidate, settings):
-            good = candidate
-        else:
-            bad = candidate.cost
 
 
 def next_step(

@@ -8,16 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
 from onnxneutrino import cost, metrics, prepare
+from onnxneutrino.bench import Candidate
+from onnxneutrino.candidates import macs_of
 from onnxneutrino.config import Config
 from onnxneutrino.data import Deciding, Inputs
 from onnxneutrino.formats import format_metric, format_ratio
-from onnxneutrino.plan import Choice, Frozen, Layer
+from onnxneutrino.plan import Choice
 from onnxneutrino.report import (
     CandidateRow,
+    CurvePoint,
     DecidingImages,
     Interval,
     LayerRow,
@@ -28,10 +32,10 @@ from onnxneutrino.report import (
     enhancement,
 )
 from onnxneutrino.runtime import Runner, latencies
-from onnxneutrino.search import Candidate
 from onnxneutrino.task import FineTune, Marked, Network, Task, build
 from onnxneutrino.weights import stored_bytes
 
+CURVE_POINTS = 60
 LIBRARIES = ("onnxneutrino", "onnx", "onnxruntime-training-cpu", "onnxslim", "numpy", "scipy")
 
 
@@ -92,12 +96,11 @@ def plan_of(network: Network) -> dict[str, Choice]:
     return {name: Choice(own.form, own.ranks) for name, own in network.factors.items()}
 
 
-def layer_rows(
-    layers: Sequence[Layer], frozen: Sequence[Frozen], order: Sequence[str], network: Network
-) -> tuple[LayerRow, ...]:
+def layer_rows(marked: Marked, network: Network) -> tuple[LayerRow, ...]:
     """What became of every layer, in the order of the graph."""
+    macs = {node.name: node.macs for node in cost.node_costs(marked.model, marked.types)}
     rows = {}
-    for layer in layers:
+    for layer in marked.layers:
         own = network.factors.get(layer.name)
         rows[layer.name] = LayerRow(
             layer.name,
@@ -107,18 +110,43 @@ def layer_rows(
             () if own is None else own.ranks,
             layer.params,
             layer.params if own is None else own.params,
+            layer.macs,
+            layer.macs if own is None else macs_of(layer, own.stages),
             None,
         )
-    for still in frozen:
+    for still in marked.frozen:
+        own_macs = macs.get(still.name, 0)
         rows[still.name] = LayerRow(
-            still.name, still.op, still.weight_shape, None, (), still.params, still.params, still.reason
+            still.name,
+            still.op,
+            still.weight_shape,
+            None,
+            (),
+            still.params,
+            still.params,
+            own_macs,
+            own_macs,
+            still.reason,
         )
-    return tuple(rows[name] for name in order)
+    return tuple(rows[name] for name in marked.order)
 
 
 def trainings(fine_tunes: Sequence[FineTune], threads: int) -> tuple[Training, ...]:
-    """The fine-tunes, as they can be repeated."""
-    return tuple(Training(own.name, own.steps, own.batch, threads, own.learning_rate) for own in fine_tunes)
+    """The fine-tunes, as they can be repeated, and how they went."""
+    return tuple(
+        Training(own.name, own.steps, own.batch, threads, own.learning_rate, curve(own), own.floor)
+        for own in fine_tunes
+    )
+
+
+def curve(own: FineTune) -> tuple[CurvePoint, ...]:
+    """A fine-tune in a few dozen points: mean losses, and the metric at the steps where it was looked at."""
+    between = max(1, -(-own.steps // CURVE_POINTS))
+    ends = sorted({*range(between, own.steps, between), own.steps, *own.looks} - {0})
+    return tuple(
+        CurvePoint(end, float(np.mean(own.losses[start:end])), own.looks.get(end))
+        for start, end in zip([0, *ends], ends, strict=False)
+    )
 
 
 def trained_blocks(task: Task) -> tuple[TrainedBlock, ...]:
@@ -232,7 +260,7 @@ def make_report(
         delta=config.delta if config.limits else config.largest_drop,
         objective=config.objective,
         compressed=chosen.final is not None,
-        layers=layer_rows(marked.layers, marked.frozen, marked.order, chosen.network),
+        layers=layer_rows(marked, chosen.network),
         normalization=marked.notes,
         candidates=tried,
         training=trainings(fine_tunes, config.threads),

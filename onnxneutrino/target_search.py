@@ -10,25 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from onnxneutrino.bench import Bench, Candidate, Settings, accepted, drops_by_cost, recorder
 from onnxneutrino.ladder import Ladder
 from onnxneutrino.layer_options import GOAL
-from onnxneutrino.search import (
-    FINEST_RATIO,
-    FIRST,
-    GIVE_BACK_SHARE,
-    PLAN_SHARE,
-    Bench,
-    Candidate,
-    Settings,
-    accepted,
-    descend,
-    drops_by_cost,
-    fine_tune,
-    narrow,
-    recorder,
-    trim,
-    walk_ladder,
-)
+from onnxneutrino.search import FIRST, GIVE_BACK_SHARE, PLAN_SHARE, descend, fine_tune, narrow, walk_ladder
+from onnxneutrino.spend import FINEST_RATIO, give_back, trim
 
 FIRST_STEP = 1.5
 FIRST_SHARE = 0.35
@@ -85,6 +71,7 @@ def search_targets(
 
     shares = (REST_SHARE * time_left() / settings.time_limit, 0.0)  # the last step has what is left
     descend(bench, settings, shares, time_left, learned, known, ladder)
+    give_back(bench, settings, time_left, learned, known, ladder)
     if not any(accepted(candidate, settings) for candidate in known):
         narrow(bench, settings, time_left, record, plans)
     trim(bench, settings, time_left, record, tried)

@@ -53,6 +53,7 @@ class Task:
         stop: the validation share of the training split; a fine-tune must not lose on it. None without one.
         select: the deciding images.
         original_rows: the original's metric statistics on them.
+        delta: the largest drop, in the metric's units; infinite where any will do.
         objective: what is made small.
         rest: cost of everything that is not a marked layer, in the unit of the objective; with hard targets the
             sum of its shares of them.
@@ -75,6 +76,7 @@ class Task:
     stop: Split | None
     select: Split
     original_rows: NDArray[Any]
+    delta: float
     objective: Objective
     rest: float
     batch: int
@@ -95,15 +97,18 @@ class Network:
 
 @dataclass(frozen=True)
 class FineTune:
-    """One fine-tune, for the report."""
+    """One fine-tune, for the report: what was run, the loss of every step, and the metric after some of them.
+
+    `floor` is what the metric must reach on the images that it was looked at with, None without a delta.
+    """
 
     name: str
     steps: int
     batch: int
     learning_rate: float
-    seconds: float
-    first_loss: float
-    last_loss: float
+    losses: tuple[float, ...]
+    looks: Mapping[int, float] = field(default_factory=dict)
+    floor: float | None = None
 
 
 def build(task: Task, network: Network, batched: bool = False) -> ModelProto:

@@ -17,6 +17,7 @@ from onnxneutrino import clock, finetune, metrics
 from onnxneutrino.calibrate import Keep, in_place
 from onnxneutrino.data import Split
 from onnxneutrino.errors import TrainingError
+from onnxneutrino.events import TrainingStatus
 from onnxneutrino.groups import GroupTraining, grouped
 from onnxneutrino.large import GROUP_BYTES
 from onnxneutrino.losses import Loss
@@ -31,14 +32,61 @@ RATE_SHARE = 0.1
 TEACHER_BATCHES = 16
 LABEL_WEIGHTS = (0.1, 0.8)
 STOP_IMAGES = 1000
+HALF = 0.5
+
+
+class Looks:
+    """What is seen of a network while it is trained: its metric on the first deciding images.
+
+    Called with arrays, step and share of the steps, as `finetune.fine_tune` does; True after half of the steps where
+    the drop is above `hopeless` by more than its standard error.
+    """
+
+    def __init__(self, task: Task, learned: Callable[[Mapping[str, NDArray[Any]]], Network], hopeless: float) -> None:
+        """Take the task, what makes a network of trained arrays, and the drop above which there is no hope."""
+        self._task, self._learned, self._hopeless = task, learned, hopeless
+        few = np.arange(min(len(task.select), STOP_IMAGES))
+        self._images, self._rows = task.select.subset(few), task.original_rows[few]
+        original = metrics.value(task.metric, self._rows)
+        lowest = original - task.delta if task.metric.higher_is_better else original + task.delta
+        self._floor = lowest if math.isfinite(lowest) else None
+        self._seen: dict[int, float] = {}
+
+    def __call__(self, arrays: Mapping[str, NDArray[Any]], step: int, share: float) -> bool:
+        """Whether training should end here."""
+        task = self._task
+        rows = metric_rows(task, self._learned(arrays), self._images)
+        self._seen[step] = metrics.value(task.metric, rows)
+        if share != HALF:
+            return False
+        drop = metrics.drop(task.metric, self._rows, rows, seed=task.seed)
+        return drop.value - drop.standard_error > self._hopeless
+
+    def status(self, name: str, step: int, steps: int, loss: float) -> TrainingStatus:
+        """How far the fine-tune of the candidate `name` is."""
+        epoch = step * self._task.batch / max(len(self._task.train), 1)
+        return TrainingStatus(name, step, steps, epoch, loss, next(reversed(self._seen.values()), None), self._floor)
+
+    def record(self, name: str, result: finetune.Trained) -> FineTune:
+        """The fine-tune for the report."""
+        rate, batch = result.schedule.learning_rate, result.schedule.batch
+        return FineTune(name, len(result.losses), batch, rate, result.losses, self._seen, self._floor)
 
 
 class Tuner:
     """Trains networks of one task, one after the other."""
 
-    def __init__(self, task: Task, teacher: Runner, keep: Keep | None, tell: Callable[[str, float], None]) -> None:
+    def __init__(
+        self,
+        task: Task,
+        teacher: Runner,
+        keep: Keep | None,
+        tell: Callable[[str, float], None],
+        watch: Callable[[TrainingStatus], None] = lambda status: None,
+    ) -> None:
         """Take the task, the original on what its loss reads, where arrays go, and who hears of progress."""
         self.task = task
+        self._watch = watch
         self.fine_tunes: list[FineTune] = []
         self.warnings: list[str] = []
         self._keep = keep
@@ -84,12 +132,7 @@ class Tuner:
         def refresh(arrays: Mapping[str, NDArray[Any]]) -> None:
             lessons.student = self._fed(self._learned(network, arrays))
 
-        def lost(arrays: Mapping[str, NDArray[Any]]) -> bool:
-            few = np.arange(min(len(task.select), STOP_IMAGES))
-            rows = metric_rows(task, self._learned(network, arrays), task.select.subset(few))
-            drop = metrics.drop(task.metric, task.original_rows[few], rows, seed=task.seed)
-            return drop.value - drop.standard_error > hopeless
-
+        looks = Looks(task, lambda arrays: self._learned(network, arrays), hopeless)
         try:
             copy = training_copy(graph, task.batch, task.types)
             check_training_copy(graph, copy, next(source).inputs, task.threads)
@@ -108,28 +151,14 @@ class Tuner:
                         ahead,
                         seconds=left,
                         learning_rate=rate,
-                        report=lambda step, steps, loss: self._tell(
-                            f"{name}: step {step} of {steps}, loss {loss:.4f}", step / steps
-                        ),
+                        report=lambda step, steps, loss: self._watch(looks.status(name, step, steps, loss)),
                         refresh=refresh if loss.fed else None,
-                        hopeless=lost,
+                        look=looks,
                     )
         except TrainingError as error:
             self.warnings.append(f"{name}: {error}; the candidate is dropped")
             return None
-        spent = clock.now() - start
-        count = min(20, len(result.losses))
-        self.fine_tunes.append(
-            FineTune(
-                name,
-                len(result.losses),
-                result.schedule.batch,
-                result.schedule.learning_rate,
-                spent,
-                float(np.mean(result.losses[:count])),
-                float(np.mean(result.losses[-count:])),
-            )
-        )
+        self.fine_tunes.append(looks.record(name, result))
         better = self._better(network, mended(self._learned(network, result.arrays)))
         if better is network:
             self.warnings.append(f"{name}: the metric fell; the weights before it were kept")

@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 
 from onnxneutrino import clock, cost, metrics
 from onnxneutrino.allocate import Option
+from onnxneutrino.bench import Candidate
 from onnxneutrino.budgets import allocate_measured
 from onnxneutrino.calibrate import calibrate, images_needed, in_place
+from onnxneutrino.events import TrainingStatus
 from onnxneutrino.factors import Moments
 from onnxneutrino.figures import figures
+from onnxneutrino.growth import GrownOptions
 from onnxneutrino.large import calibration_rows, is_large, probe_rows
 from onnxneutrino.layer_options import GOAL, LayerOptions, chains, kept_factors
 from onnxneutrino.passes.factorize import last_stage
@@ -30,7 +33,6 @@ from onnxneutrino.probe import PROBE_IMAGES, Probe, by_name, divergence, feature
 from onnxneutrino.proposals import least_cost, propose
 from onnxneutrino.refit import refit
 from onnxneutrino.runtime import Runner
-from onnxneutrino.search import Candidate
 from onnxneutrino.segments import between, resting_places
 from onnxneutrino.sensitivity import Curve, measured_sensitivities
 from onnxneutrino.spool import Spool
@@ -52,6 +54,7 @@ class Workbench:
         task: Task,
         calibration_seconds: float,
         tell: Callable[[str, float], None] = lambda what, share: None,
+        watch: Callable[[TrainingStatus], None] = lambda status: None,
         images: int | None = None,
     ) -> None:
         """Run the original on the probe images and calibrate every layer.
@@ -60,6 +63,7 @@ class Workbench:
             task: the run.
             calibration_seconds: calibration uses the images it has seen by then.
             tell: progress: what is being done, and the share of it that is finished.
+            watch: called while a candidate is trained.
             images: calibration images; None for as many as the layers need.
         """
         self.task = task
@@ -67,7 +71,7 @@ class Workbench:
         self._layers = {layer.name: layer for layer in task.layers}
         self._teacher = Runner(task.batched, task.loss.outputs, threads=task.threads)
         self._keep = Spool().keep if is_large(task.layers) else None
-        self.tuner = Tuner(task, self._teacher, self._keep, tell)
+        self.tuner = Tuner(task, self._teacher, self._keep, tell, watch)
         self._rows_wanted, probed = calibration_rows(task.layers), probe_rows(task.layers)
         affordable = PROBE_MACS // max(cost.macs(task.model, task.types), 1)
         most = min(probed, PROBE_IMAGES[1], max(affordable, PROBE_IMAGES[0]))
@@ -94,7 +98,7 @@ class Workbench:
             )
             for layer in task.layers
         }
-        self._derived: tuple[Candidate, dict[str, LayerOptions]] | None = None
+        self._derived: tuple[Candidate, dict[str, LayerOptions], dict[str, LayerOptions]] | None = None
         self._sensitivities: Mapping[str, Curve] = {}
         self._targets = task.objective if isinstance(task.objective, tuple) else ()
         self._figures: dict[frozenset[tuple[str, Choice]], NDArray[np.float64]] = {}
@@ -108,9 +112,9 @@ class Workbench:
             return float(max(self.figures({})))
         return self.task.rest + sum(own.whole.cost for own in self._original.values())
 
-    def options(self, source: Candidate | None) -> tuple[Mapping[str, Sequence[Option]], float]:
+    def options(self, source: Candidate | None, cost: float = 0.0) -> tuple[Mapping[str, Sequence[Option]], float]:
         """Options of every layer and the cost of all the rest."""
-        fitted = self._fitted(source)
+        fitted = self._fitted(source, source is not None and cost > source.cost)
         with ThreadPoolExecutor(self.task.threads) as pool:
             found = pool.map(lambda own: own.options, fitted.values())
             return dict(zip(fitted, found, strict=True)), self.task.rest
@@ -137,13 +141,16 @@ class Workbench:
         rests = np.array([target.rest / target.limit for target in self._targets])
         return allocate_measured(options, rests, bound, self.figures)
 
-    def _fitted(self, source: Candidate | None) -> dict[str, LayerOptions]:
+    def _fitted(self, source: Candidate | None, grows: bool = False) -> dict[str, LayerOptions]:
         """Fits on the original, or on the trained chains of `source` at their trained inputs."""
         if source is None:
             return self._original
-        if self._derived is not None and self._derived[0] is source:
-            return self._derived[1]
-        network: Network = source.network
+        if self._derived is None or self._derived[0] is not source:
+            self._derived = source, *self._refits(source.network)
+        return self._derived[2] if grows else self._derived[1]
+
+    def _refits(self, network: Network) -> tuple[dict[str, LayerOptions], dict[str, LayerOptions]]:
+        """Options of a trained network that make it smaller, and those that make it larger."""
         images = min(images_needed(self.task.layers, self._rows_wanted), len(self.task.train), TRUNCATION_IMAGES)
         moments, _ = self._moments(network, images, float("inf"))
         whole = {
@@ -151,20 +158,18 @@ class Workbench:
             for layer in find_layers(build(self.task, network), self.task.types)
             if isinstance(layer, Layer)
         }
-        derived = {}
+        smaller, larger = {}, {}
         for layer in self.task.layers:
-            factors = network.factors.get(layer.name)
+            name, factors = layer.name, network.factors.get(layer.name)
             if factors is None:
-                trained = whole.get(layer.name, layer)
+                trained = whole.get(name, layer)
             else:
                 product = (self._keep or in_place)(factors.product())
                 trained = dataclasses.replace(layer, weight=product, bias=factors.bias)
-            weighting = self._curvature.get(layer.name)
-            derived[layer.name] = LayerOptions(
-                trained, moments[layer.name], self.task.objective, factors, weighting, self._keep
-            )
-        self._derived = (source, derived)
-        return derived
+            weighting, objective = self._curvature.get(name), self.task.objective
+            smaller[name] = LayerOptions(trained, moments[name], objective, factors, weighting, self._keep)
+            larger[name] = smaller[name] if factors is None else GrownOptions(layer, moments[name], objective, factors)
+        return smaller, larger
 
     def _moments(self, network: Network, images: int, seconds: float) -> tuple[dict[str, Moments], int]:
         task = self.task
@@ -209,7 +214,7 @@ class Workbench:
     def realize(self, source: Candidate | None, choices: Mapping[str, Option], name: str) -> Candidate:
         """Factors of the plan, refitted to the original's outputs, and the divergence."""
         start = clock.now()
-        fitted = self._fitted(source)
+        fitted = self._fitted(source, source is not None and _grown(source.choices, choices))
         factors = chains(fitted, choices, self.task.threads)
         made = [Network(factors, {} if source is None else source.network.arrays)]
         made.append(self._refitted(made[0], name))
@@ -309,3 +314,9 @@ class Workbench:
         if training is None or not training.loss.fed:
             return network
         return min((network, self._refitted(network, name)), key=self._divergence)
+
+
+def _grown(before: Mapping[str, Option], after: Mapping[str, Option]) -> bool:
+    """Whether a plan has components that the one before it has not."""
+    pairs = [(before[name].choice, after[name].choice) for name in after]
+    return any(a is not None and (b is None or any(map(int.__gt__, b.ranks, a.ranks))) for a, b in pairs)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from onnxneutrino import choice
+from onnxneutrino.bench import Candidate, Settings
 from onnxneutrino.chain_latency import LatencyTable
 from onnxneutrino.choice import choose
 from onnxneutrino.metrics import Drop
-from onnxneutrino.search import Candidate, Settings
 from onnxneutrino.summary import Chosen
 
 

@@ -317,20 +317,22 @@ def test_the_rate_found_is_lower_where_steps_do_more_harm() -> None:
         assert finetune.find_rate(trainer, near(1.0), 0.0) == finetune.DEFAULT_RATE
 
 
-def test_what_is_hopeless_ends_after_half_of_the_steps() -> None:
+def test_a_fine_tune_is_looked_at_after_each_quarter_and_ends_where_that_says_so() -> None:
     model = filled(NETS["small"])
-    asked: list[int] = []
+    for ending, steps, shares in ((2.0, 10, [0.25, 0.5, 0.75]), (0.5, 5, [0.25, 0.5])):
+        asked: list[tuple[int, int, float]] = []
 
-    def judge(arrays: finetune.Arrays) -> bool:
-        asked.append(len(arrays))
-        return len(asked) > 1
+        def look(
+            arrays: finetune.Arrays, step: int, share: float, ending: float = ending, asked: list[Any] = asked
+        ) -> bool:
+            asked.append((len(arrays), step, share))
+            return share >= ending
 
-    for wanted in (10, 5):
         with Trainer(training_copy(model, BATCH), weights_of(model), VALUES, 1) as trainer:
             drawn = (example(model, False, seed=seed) for seed in itertools.count())
-            trained = fine_tune(trainer, drawn, seconds=0.0, learning_rate=1e-3, steps=10, hopeless=judge)
-        assert len(trained.losses) == wanted
-    assert asked == [len(weights_of(model))] * 2
+            trained = fine_tune(trainer, drawn, seconds=0.0, learning_rate=1e-3, steps=10, look=look)
+        assert len(trained.losses) == steps
+        assert asked == [(len(weights_of(model)), int(10 * share), share) for share in shares]
 
 
 def test_the_step_count_follows_from_the_seconds() -> None:

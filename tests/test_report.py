@@ -13,11 +13,11 @@ from rich.console import Console, RenderableType
 from onnxneutrino import console, formats
 from onnxneutrino.cost import NodeCost
 from onnxneutrino.errors import UsageError
+from onnxneutrino.events import Event
 from onnxneutrino.plan import Choice
 from onnxneutrino.report import (
     CandidateRow,
     DecidingImages,
-    Event,
     Interval,
     LayerRow,
     Report,

@@ -21,7 +21,7 @@ LONGEST = 400
 # Every module of the package, lowest first. A module may import only modules of earlier lines; `passes.*` is
 # any single pass, `passes` the tuples in passes/__init__.py, `` the package's own __init__.py.
 TIERS = (
-    ("errors", "heap"),
+    ("errors", "heap", "json_values", "events"),
     ("quantities",),
     ("plan", "config", "walk", "clock", "ladder", "recovery"),
     ("differentiable", "conv_geometry"),
@@ -34,13 +34,14 @@ TIERS = (
     ("factor_shared", "reductions", "factor_channel", "data_checks", "console", "blocked_layout"),
     ("factor_spatial", "factor_tucker", "factor_cp", "data_images", "data_loader", "metrics", "gradient_graph"),
     ("forms", "allocate", "losses", "data_npz", "data_folder"),
-    ("candidates", "anneal", "budgets", "data"),
+    ("candidates", "anneal", "budgets", "data", "bench"),
+    ("spend",),
     ("passes.*",),
     ("passes",),
     ("chain_graph",),
     ("chain_latency",),
     ("calibrate", "layer_options", "refit", "search", "finetune", "normalize"),
-    ("blocks", "proposals", "target_search"),
+    ("blocks", "proposals", "target_search", "growth"),
     ("segments",),
     ("training_copy", "prepare", "probe", "teaching", "gradcheck"),
     ("selfcheck", "curvature"),
