@@ -35,7 +35,7 @@ from cells import (
 )
 from quality_run import row_of, tell
 
-from onnxneutrino import conductor, finetune
+from onnxneutrino import delivery, finetune
 from onnxneutrino.config import load_config
 from onnxneutrino.sensitivity import Curve
 from onnxneutrino.teaching import Memory
@@ -109,7 +109,7 @@ def cell(name: str, model: Path, target: Path, settings: Settings) -> dict[str, 
     del asked["minutes"]
     config = load_config(model, asked)
     with switched_off(variant):
-        report = conductor.compress_file(model, target, config, tell)
+        report = delivery.compress_file(model, target, config, tell)
     return {**row_of(report), "patched": list(variant.patches), "machine": machine(settings.threads)}
 
 

@@ -1,6 +1,6 @@
 """One cell of the table `quality`: one method on one network, in a process of its own; see quality.py.
 
-All methods but the reference run through `onnxneutrino.conductor.compress_file`, so that clock, search, acceptance,
+All methods but the reference run through `onnxneutrino.delivery.compress_file`, so that clock, search, acceptance,
 verification and report are the same; a baseline stands in the place of the workbench.
 
     python benchmarks/quality_run.py METHOD MODEL.onnx OUTPUT.onnx RESULT.json --minutes 8 ...
@@ -26,11 +26,12 @@ from baseline_greedy import GreedySpatial
 from cells import machine, write_row
 from threadpoolctl import threadpool_limits
 
-from onnxneutrino import conductor, cost, metrics, prepare, search
+from onnxneutrino import conductor, cost, delivery, metrics, prepare, search
 from onnxneutrino.config import Config, load_config
 from onnxneutrino.data import deciding
 from onnxneutrino.events import Event
 from onnxneutrino.graph import load, save
+from onnxneutrino.phases import Phases
 from onnxneutrino.report import Report
 from onnxneutrino.runtime import Runner
 from onnxneutrino.summary import interval, measured_latencies, versions
@@ -83,7 +84,7 @@ def cell(method: str, model: Path, target: Path, config: Config) -> dict[str, An
     if method == "reference":
         return reference(model, target, config)
     with baseline(method, model):
-        report = conductor.compress_file(model, target, config, tell)
+        report = delivery.compress_file(model, target, config, tell)
     return row_of(report)
 
 
@@ -125,7 +126,7 @@ def row_of(report: Report) -> dict[str, Any]:
 def reference(model: Path, target: Path, config: Config) -> dict[str, Any]:
     """The original fine-tuned for the whole time with the same loss, and its drop on the test split."""
     with threadpool_limits(limits=1, user_api="blas"):
-        clock = conductor.Clock(config.time_limit, tell)
+        clock = Phases(config.time_limit, tell)
         given = load(model)
         opened = prepare.open_model(given.model, model.name, config)
         config, metric, dataset = prepare.settled(opened, config)

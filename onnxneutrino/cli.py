@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 240
 ERROR_TEXT = 240
-TARGET_MISSED = 3  # exit code: a hard target could not be met within delta; the best model found is written
+LIMIT_MISSED = 3  # exit code: a hard target could not be met within delta (the best model is written), or --max-drop
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -137,33 +138,43 @@ def main() -> None:
 @click.option("--confidence", type=float, help="One-sided, that a drop is within delta; default 0.8.")
 @click.option("--dry-run", is_flag=True, default=None, help="Everything up to the first training step; writes nothing.")
 @click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--verbose", is_flag=True, help="More lines: what was normalized, frozen, trained.")
 @click.option("--replay", metavar="REPORT", type=click.Path(path_type=Path), help="Repeat this run bit for bit.")
 @data_options
 @common_options
 def compress(
-    source: Path, target: Path, quiet: bool, replay: Path | None, json_file: str | None, debug: bool, **options: Any
+    source: Path,
+    target: Path,
+    quiet: bool,
+    verbose: bool,
+    replay: Path | None,
+    json_file: str | None,
+    debug: bool,
+    **options: Any,
 ) -> None:
     """Write a smaller OUT.ONNX and OUT.report.json. IN.toml beside IN.ONNX describes the data."""
 
     def work() -> None:
-        from onnxneutrino import conductor, console
+        from onnxneutrino import console, delivery
+        from onnxneutrino.progress import Progress
         from onnxneutrino.replay import check_repeated
 
         before = None if replay is None else read_report(replay)
         config = configured(source, options, before)
-        progress = console.Progress(quiet, sys.stderr.isatty())
+        progress = Progress(quiet, sys.stderr.isatty(), verbose=verbose)
         with progress, messages():
-            report = conductor.compress_file(source, target, config, progress)
+            report = delivery.compress_file(source, target, config, progress, command_line())
         if before is not None:
             check_repeated(before, report, target)
         show(console.outlook(report) if config.dry_run else console.summary(report), json_file)
         if not config.dry_run and json_file != "-":
-            click.echo(f"Wrote {target} and {target.with_suffix('.report.json')}.")
+            reports = (target.with_suffix(f".report.{kind}") for kind in ("json", "html"))
+            click.echo(f"Wrote {target}, {' and '.join(map(str, reports))}.")
         emit(json_file, report.to_json())
         missed = "" if config.dry_run else console.missed(report)
         if missed:
             click.echo(f"onnxneutrino: {missed}", err=True)
-            sys.exit(TARGET_MISSED)
+            sys.exit(LIMIT_MISSED)
 
     run(work, json_file, debug)
 
@@ -217,6 +228,37 @@ def profile(source: Path, compare: Path | None, json_file: str | None, debug: bo
 
 
 @main.command()
+@click.argument("source", metavar="ORIGINAL.ONNX", type=click.Path(path_type=Path))
+@click.argument("other", metavar="OTHER.ONNX", type=click.Path(path_type=Path))
+@click.option("--max-drop", type=float, metavar="DROP", help="Exit with code 3 where the metric drops by more.")
+@data_options
+@common_options
+def compare(
+    source: Path, other: Path, max_drop: float | None, json_file: str | None, debug: bool, **options: Any
+) -> None:
+    """Measure how much worse OTHER.ONNX is on the test split, and what it saves; for pipelines."""
+
+    def work() -> None:
+        from onnxneutrino import console, inspection
+        from onnxneutrino.formats import format_metric
+
+        with messages():
+            found = inspection.compare(source, other, configured(source, options))
+        one, two = found.profiles
+        table = console.comparison_table(
+            one.metrics, two.metrics, one.metric_name, found.drop, found.examples, found.agreement
+        )
+        show(table, json_file)
+        emit(json_file, as_json(dataclasses.asdict(found)))
+        if max_drop is not None and found.drop.value > max_drop:
+            allowed = f"more than --max-drop {format_metric(max_drop)}"
+            click.echo(f"onnxneutrino: {other}: drops by {format_metric(found.drop.value)}, {allowed}", err=True)
+            sys.exit(LIMIT_MISSED)
+
+    run(work, json_file, debug)
+
+
+@main.command()
 @click.argument("source", metavar="IN.ONNX", type=click.Path(path_type=Path))
 @data_options
 @common_options
@@ -260,6 +302,11 @@ def configured(source: Path, options: dict[str, Any], before: Report | None = No
 
         return repeated(source, before, given)
     return load_config(source, given)
+
+
+def command_line() -> str:
+    """The command as it was given, to be pasted into a shell again."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def messages() -> contextlib.AbstractContextManager[Any]:

@@ -3,46 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 from threadpoolctl import threadpool_limits
 
-from onnxneutrino import cost, large, metrics, prepare
+from onnxneutrino import large, metrics, prepare
+from onnxneutrino.agreement import EXAMPLES, compared
 from onnxneutrino.bench import Candidate, Settings
 from onnxneutrino.chain_latency import LatencyTable, measure
 from onnxneutrino.choice import choose
 from onnxneutrino.clock import now, recording
 from onnxneutrino.config import Config
 from onnxneutrino.data import Dataset, Deciding, Inputs, deciding
-from onnxneutrino.errors import ModelError, OutputError, TrainingError
-from onnxneutrino.events import Event
+from onnxneutrino.errors import TrainingError
 from onnxneutrino.figures import figures, rest_cost
 from onnxneutrino.formats import format_metric
-from onnxneutrino.graph import check, check_writable, load, save
 from onnxneutrino.layer_options import GOAL, Objective, Target
 from onnxneutrino.normalize import normalize
 from onnxneutrino.passes.find_layers import find_layers
+from onnxneutrino.phases import Phases, Tell
 from onnxneutrino.plan import Frozen, Layer
-from onnxneutrino.report import CandidateRow, Report, TargetRow
-from onnxneutrino.runtime import Runner, random_inputs, runtime_conflict
+from onnxneutrino.report import CandidateRow, Report, Sensitivity, TargetRow
+from onnxneutrino.runtime import Runner, runtime_conflict
 from onnxneutrino.search import search
-from onnxneutrino.summary import candidate_line, candidate_row, make_report, with_file_size
+from onnxneutrino.summary import candidate_row, candidate_told, frozen_told, make_report, sensitivity_rows
 from onnxneutrino.target_search import search_targets
 from onnxneutrino.task import FineTune, Marked, Network, Task, build, trainable_initializers
 from onnxneutrino.training_plan import plan_training
 from onnxneutrino.workbench import Workbench
 
-Tell = Callable[[Event], None]
 CALIBRATION_SHARE = 0.1
 LATENCY_SHARE = 0.03
 LARGE_DROP = 0.1  # of the original's metric
@@ -59,41 +53,6 @@ class Result:
     report: Report
     shapes: Mapping[str, tuple[int, ...]]
     network: Network | None = None  # large tensors of the model lie in files that go with it
-
-
-class Clock:
-    """The time of a run: its phases, and what is left."""
-
-    def __init__(self, limit: float, tell: Tell) -> None:
-        self._start = time.perf_counter()
-        self._begun = now()
-        self._limit = limit
-        self._tell = tell
-        self._phase = ""
-        self._phase_start = self._start
-        self.seconds: dict[str, float] = {}
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._start
-
-    @property
-    def left(self) -> float:
-        """Seconds until the limit, a reading that decides."""
-        return self._limit - (now() - self._begun)
-
-    def phase(self, name: str) -> None:
-        """Close the current phase and begin `name`."""
-        time_now = time.perf_counter()
-        if self._phase:
-            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time_now - self._phase_start
-        self._phase, self._phase_start = name, time_now
-        self.tell("")
-
-    def tell(self, detail: str, message: str = "") -> None:
-        """Show where the run is, and a message that stays."""
-        self._tell(Event(self._phase, detail, self.elapsed, max(self._limit - self.elapsed, 0.0), message))
 
 
 def compress(
@@ -124,7 +83,7 @@ def compress(
 
 
 def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | None, tell: Tell) -> Result:
-    clock = Clock(config.time_limit, tell)
+    clock = Phases(config.time_limit, tell)
     clock.phase("load")
     conflict = runtime_conflict()
     warnings = [conflict] if conflict else []
@@ -138,6 +97,8 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     marked = mark(opened, samples, config)
     if not marked.layers:
         raise prepare.without_layers(name, marked.frozen)
+    for told in (*marked.notes, *frozen_told(marked.frozen)):
+        clock.say(told, aside=True)
     clock.phase("measure the original")
     batch = prepare.evaluation_batch(opened) if marked.freed else 1
     start = now()
@@ -145,7 +106,7 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     evaluation_seconds = now() - start
     value = metrics.value(metric, rows)
     prepare.check_not_chance(value, metric, opened, config)
-    clock.tell("", f"{name}: {metric.name} {format_metric(value)} on {len(rows)} test examples")
+    clock.say(f"{name}: {metric.name} {format_metric(value)} on {len(rows)} test examples")
     objective = make_objective(marked, config, judges, clock)
     task = make_task(marked, config, metric, dataset, judges, rows, batch, objective)
     settings = Settings(
@@ -159,10 +120,11 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
         goal=GOAL if config.limits else 0.0,
         large_drop=LARGE_DROP * abs(value),
     )
-    reserve = VERIFICATIONS * evaluation_seconds + VERIFY_SECONDS
+    verifications = VERIFICATIONS + 2 * min(EXAMPLES / len(rows), 1)  # the last two: original and result compared
+    reserve = verifications * evaluation_seconds + VERIFY_SECONDS
     found = Found()
     if isinstance(objective, tuple) and max(figures(task, objective, {})) <= GOAL:
-        clock.tell("", f"{name} meets all hard targets as it is")
+        clock.say(f"{name} meets all hard targets as it is")
     else:
         if settings.train:
             clock.phase("check gradients")
@@ -186,9 +148,13 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     )
     least = found.least or [None] * len(config.limits)
     targets = tuple(TargetRow(*limit, own) for limit, own in zip(config.limits.items(), least, strict=True))
+    if chosen.final is not None:
+        made = build(task, chosen.network, batched=True)
+        alike = compared(marked.batched, made, judges.test, metric, batch, config.threads)
+        report = dataclasses.replace(report, agreement=alike)
     clock.phase("")
     final = None if config.dry_run else build(task, chosen.network)
-    report = dataclasses.replace(report, targets=targets, seconds=clock.seconds)
+    report = dataclasses.replace(report, targets=targets, sensitivities=found.sensitivities, seconds=clock.seconds)
     return Result(final, report, opened.shapes, chosen.network)
 
 
@@ -200,20 +166,25 @@ class Found:
     rows: tuple[CandidateRow, ...] = ()
     fine_tunes: tuple[FineTune, ...] = ()
     least: tuple[float, ...] = ()
+    sensitivities: tuple[Sensitivity, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
-def _searched(task: Task, settings: Settings, value: float, reserve: float, clock: Clock) -> Found:
+def _searched(task: Task, settings: Settings, value: float, reserve: float, clock: Phases) -> Found:
     """Calibrate and search; `value` is the original's metric, `reserve` the seconds that verification takes."""
     warnings = large.notes(task.layers, task.training is not None)
     clock.phase("calibrate")
-    bench = Workbench(task, CALIBRATION_SHARE * settings.time_limit, lambda what, share: clock.tell(what))
+    seconds = CALIBRATION_SHARE * settings.time_limit
+    bench = Workbench(task, seconds, lambda what, share: clock.tell(what), clock.watch)
+    clock.say(f"calibrated {len(task.layers)} layers on {bench.calibration_images} inputs", aside=True)
     clock.phase("search")
     tried: list[CandidateRow] = []
 
     def note(candidate: Candidate, ok: bool) -> None:
+        smallest = ok and not any(row.accepted and row.cost <= candidate.cost for row in tried)
         tried.append(candidate_row(candidate, ok, task, value))
-        clock.tell("", candidate_line(candidate, ok, bench.full_cost))
+        told = candidate_told(candidate, bench.full_cost)
+        clock.say(f"{candidate.name}: {told}, {'accepted' if ok else 'refused'}", best=told if smallest else "")
 
     find = search_targets if settings.goal else search
     candidates = find(bench, settings, lambda: clock.left - reserve, note)
@@ -221,8 +192,11 @@ def _searched(task: Task, settings: Settings, value: float, reserve: float, cloc
     warnings = [*warnings, *tuner.warnings]
     if settings.train and not (settings.dry_run or tuner.fine_tunes or tuner.warnings):
         warnings.append(f"no network was fine-tuned: --time-limit {settings.time_limit:g}s left no time; give more")
+    for own in tuner.fine_tunes:
+        clock.say(f"{own.name}: {own.steps} steps of {own.batch}, learning rate {own.learning_rate:.2g}", aside=True)
     least = bench.least_of_targets if settings.goal else ()
-    return Found(tuple(candidates), tuple(tried), tuple(tuner.fine_tunes), least, tuple(warnings))
+    curves = sensitivity_rows(bench.known_sensitivities)
+    return Found(tuple(candidates), tuple(tried), tuple(tuner.fine_tunes), least, curves, tuple(warnings))
 
 
 def mark(opened: prepare.Opened, samples: Sequence[Inputs], config: Config) -> Marked:
@@ -300,7 +274,7 @@ def make_task(
     )
 
 
-def make_objective(marked: Marked, config: Config, judges: Deciding, clock: Clock) -> Objective:
+def make_objective(marked: Marked, config: Config, judges: Deciding, clock: Phases) -> Objective:
     """What costs are counted in: the hard targets, else the objective; latencies are measured where they count."""
     names = tuple(config.limits) or (config.objective,)
     units: dict[str, str | LatencyTable] = {name: name for name in names}
@@ -335,64 +309,3 @@ def with_training(task: Task, config: Config, warnings: list[str]) -> Task:
         return task
     warnings.extend(plan.warnings)
     return dataclasses.replace(task, training=plan)
-
-
-def compress_file(source: Path, target: Path, config: Config, tell: Tell = lambda event: None) -> Report:
-    """Compress a file into a file, with the report beside it as `target.report.json`.
-
-    Raises:
-        NeutrinoError: nothing is written then.
-    """
-    if not config.dry_run:
-        check_writable(target)
-        report_path = target.with_suffix(".report.json")
-        check_writable(report_path)
-        if target.exists() and source.exists() and target.samefile(source):
-            raise OutputError(f"{target}: is the input itself; give another output path")
-    given = load(source)
-    result = compress(given.model, config, name=source.name, size_bytes=cost.size_bytes(source), tell=tell)
-    if result.model is None:
-        return result.report
-    temporary = report_path.with_name(f".{report_path.name}.tmp")
-    try:
-        # Before the model takes its place: where the disk cannot hold the report, nothing is written.
-        _write(temporary, result.report, report_path)
-        save(result.model, target, given.external)
-        verify_file(target, result, config)
-        report = with_file_size(result.report, cost.size_bytes(target))
-        report = dataclasses.replace(report, sha256=hashlib.sha256(target.read_bytes()).hexdigest())
-        _write(temporary, report, report_path)
-        os.replace(temporary, report_path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return report
-
-
-def _write(temporary: Path, report: Report, path: Path) -> None:
-    try:
-        temporary.write_text(report.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def verify_file(path: Path, result: Result, config: Config) -> None:
-    """Load the written file again, check it and compare what it computes with the model that was measured.
-
-    Raises:
-        OutputError: the file does not give the same outputs; it is removed.
-    """
-    written = load(path).model
-    model = result.model
-    assert model is not None
-    inputs = random_inputs(written, result.shapes, config.seed)
-    names = [value.name for value in model.graph.output]
-    try:
-        check(written, path.name)
-        got, wanted = Runner(path, threads=config.threads)(inputs), Runner(model, threads=config.threads)(inputs)
-    except ModelError as error:
-        path.unlink()
-        raise OutputError(f"{path}: the written file does not run ({error}); it was removed") from error
-    for name, a, b in zip(names, got, wanted, strict=True):
-        if not np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
-            path.unlink()
-            raise OutputError(f"{path}: output '{name}' of the written file differs; it was removed")

@@ -1,25 +1,19 @@
-"""Views of the data for a terminal: the paper's Table 1, the layer and profile tables, and the progress line.
+"""Views of the data for a terminal: the paper's Table 1, the layer and profile tables.
 
-Every function turns values into something that rich can render; only `Progress` writes, to standard error.
+Every function turns values into something that rich can render.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import sys
-import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import IO
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from onnxneutrino.cost import NodeCost
-from onnxneutrino.events import Event
 from onnxneutrino.formats import (
     format_bytes,
     format_count,
@@ -31,10 +25,9 @@ from onnxneutrino.formats import (
     format_shape,
 )
 from onnxneutrino.plan import FORMS
-from onnxneutrino.report import COST_FIELDS, Report, SixMetrics, TargetRow, enhancement, ratio
+from onnxneutrino.report import COST_FIELDS, Agreement, Interval, Report, SixMetrics, TargetRow, enhancement, ratio
+from onnxneutrino.verdict import verdict
 
-WIDTH = 80
-PAUSE = 10.0
 STAGE_NAME = re.compile(rf"/({'|'.join(FORMS)})\.\w+$")
 OUTLOOK_DROP = 3.0  # deltas: about what training brings back
 UNITS = {"params": "params", "macs": "MACs", "size": "bytes", "memory": "bytes of memory", "latency": "ms"}
@@ -66,7 +59,7 @@ class AnalyzedLayer:
 
 def summary(report: Report) -> RenderableType:
     """Show a report in the shape of the paper's Table 1, then the drop, a sentence and the warnings."""
-    table = _table("", _short(report.metric_name), *(title for title, _, _ in COSTS))
+    table = _table("", short_metric(report.metric_name), *(title for title, _, _ in COSTS))
     rows = {
         "Original": report.original,
         "Stage 1": report.stage1,
@@ -80,14 +73,17 @@ def summary(report: Report) -> RenderableType:
         ratios = (format_ratio(getattr(gain, attribute)) for _, attribute, _ in COSTS)
         table.add_row("Enh.", f"drop {format_metric(gain.drop)}", *ratios)
     lines = [Text(line) for line in _drop_lines(report)]
-    if not report.compressed:
-        met = report.targets and not report.missed()
-        within = "" if report.delta is None else f" within delta {format_metric(report.delta)}"
-        why = "The original meets all hard targets" if met else f"No smaller model stays{within}"
-        lines.append(Text(f"{why}: the normalized original was written."))
     lines.extend(Text(line) for line in _block_lines(report))
     lines.extend(Text(f"Warning: {warning}") for warning in report.warnings)
-    return Group(table, *lines)
+    return Group(table, *lines, Text(), *_verdict_lines(report))
+
+
+def _verdict_lines(report: Report) -> list[RenderableType]:
+    """Three lines of plain words, wrapped beside their titles."""
+    grid = Table.grid(padding=(0, 1))
+    for title, sentence in zip(("Achieved:", "Limited by:", "To try:"), verdict(report), strict=True):
+        grid.add_row(Text(title, style="bold"), Text(sentence))
+    return [grid]
 
 
 def _block_lines(report: Report) -> list[str]:
@@ -123,7 +119,7 @@ def outlook(report: Report) -> RenderableType:
     marked = [layer for layer in report.layers if layer.reason is None]
     training = report.settings["trainer"] != "none"
     lines = [
-        f"{report.model}: {_short(report.metric_name)} {format_metric(report.original.metric)}, "
+        f"{report.model}: {short_metric(report.metric_name)} {format_metric(report.original.metric)}, "
         f"{format_count(report.original.params)} params, {format_count(report.original.macs)} MACs.",
         f"{len(marked)} of {len(report.layers)} layers can be factorized, "
         f"{format_count(sum(layer.params_before for layer in marked))} params in them.",
@@ -206,11 +202,28 @@ def profile_table(
     whole = _table("", "Original", *(("Other", "Ratio") if other else ()))
     gain = enhancement(original, other, None) if other else None
     drop = [format_metric(other.metric), "-"] if other else []
-    whole.add_row(_short(metric_name), format_metric(original.metric), *drop)
+    whole.add_row(short_metric(metric_name), format_metric(original.metric), *drop)
     for title, attribute, form in COSTS:
         more = [form(getattr(other, attribute)), format_ratio(getattr(gain, attribute))] if other else []
         whole.add_row(title, form(getattr(original, attribute)), *more)
     return Group(whole, Text(), _node_table(nodes, other_nodes if other else None))
+
+
+def comparison_table(
+    original: SixMetrics, other: SixMetrics, metric_name: str, drop: Interval, examples: int, alike: Agreement | None
+) -> RenderableType:
+    """Show two models in the shape of the paper's Table 1, the drop with its interval, and how often they agree."""
+    gain = enhancement(original, other, drop.value)
+    table = _table("", short_metric(metric_name), *(title for title, _, _ in COSTS))
+    for name, own in (("Original", original), ("Other", other)):
+        table.add_row(name, format_metric(own.metric), *_costs(own))
+    ratios = (format_ratio(getattr(gain, attribute)) for _, attribute, _ in COSTS)
+    table.add_row("Enh.", f"drop {format_metric(drop.value)}", *ratios)
+    lines = [Text(f"Drop on {examples} test examples: {format_interval(drop)}.")]
+    if alike is not None:
+        what = "same class" if alike.classes else "agreement of the outputs"
+        lines.append(Text(f"On the first {alike.examples}: {what} {alike.value:.2f} %."))
+    return Group(table, *lines)
 
 
 def _node_table(nodes: Sequence[NodeCost], others: Sequence[NodeCost] | None) -> Table:
@@ -262,7 +275,7 @@ def _costs(metrics: SixMetrics) -> list[str]:
     return [form(getattr(metrics, attribute)) for _, attribute, form in COSTS]
 
 
-def _short(metric_name: str) -> str:
+def short_metric(metric_name: str) -> str:
     """A metric's name as a column title: of `file.py:function` the function, cut at twelve letters."""
     return metric_name.rsplit(":", 1)[-1][:12]
 
@@ -279,81 +292,3 @@ def _drop_lines(report: Report) -> list[str]:
     if report.drop_report is not None:
         lines.append(f"Reported on the other images: {format_interval(report.drop_report)}.")
     return lines
-
-
-class Progress:
-    """Show on standard error how far a run is: one live line on a terminal, else a line now and then.
-
-    Without a terminal a line is written when the phase changes and then at most every ten seconds. `quiet`
-    writes nothing at all.
-    """
-
-    def __init__(
-        self,
-        quiet: bool,
-        terminal: bool,
-        file: IO[str] | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._quiet = quiet
-        self._clock = clock
-        self._console = Console(
-            file=file or sys.stderr, force_terminal=terminal, highlight=False, soft_wrap=not terminal
-        )
-        self._event = Event("")
-        self._seen = self._written = clock()
-        live = terminal and not quiet
-        # Standard output may carry JSON, so rich must not take it over while the line is live.
-        self._live = (
-            Live(
-                get_renderable=self._line,
-                console=self._console,
-                transient=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            if live
-            else None
-        )
-
-    def __enter__(self) -> Progress:
-        """Start the live line."""
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Take the live line away."""
-        if self._live is not None:
-            self._live.stop()
-
-    def __call__(self, event: Event) -> None:
-        """Show an event; this is what the conductor is given."""
-        if event.message:
-            self.message(event.message)
-        now = self._clock()
-        changed = event.phase != self._event.phase
-        self._event, self._seen = event, now
-        if self._quiet or self._live is not None or not (changed or now - self._written >= PAUSE):
-            return
-        self._written = now
-        self._console.print(self._line())
-
-    def message(self, text: str) -> None:
-        """Write one line that stays, above the live one."""
-        if not self._quiet:
-            self._console.print(Text(text))
-
-    def _line(self) -> Text:
-        event = self._event
-        elapsed = event.elapsed + (self._clock() - self._seen)
-        times = format_seconds(elapsed)
-        if event.time_left is not None:
-            left = max(event.time_left - (self._clock() - self._seen), 0.0)
-            times += f", about {format_seconds(left)} left"
-        start = ": ".join(part for part in (event.phase, event.detail) if part)
-        room = WIDTH - 1 - len(times) - 3
-        start = start if len(start) <= room else f"{start[: room - 1]}…"
-        return Text(f"{start} ({times})" if start else "", no_wrap=True, overflow="ellipsis")

@@ -15,6 +15,7 @@ class TrainingStatus:
         steps: as planned now; the clock may change it.
         epoch: times that the training images were seen, a fraction.
         loss: mean of the last steps, less the teacher's own.
+        metric_name: the user's metric.
         metric: on the first deciding images, when it was last looked at; None before.
         floor: what the metric must reach there, `delta` below the original; None without a delta.
     """
@@ -24,6 +25,7 @@ class TrainingStatus:
     steps: int
     epoch: float
     loss: float
+    metric_name: str = ""
     metric: float | None = None
     floor: float | None = None
 

@@ -74,35 +74,6 @@ class Factors:
         return chain_product(self.stages)
 
 
-def joined(first: Factors, second: Factors) -> Factors:
-    """The sum of two chains of one form, as one chain whose ranks are the sums of theirs.
-
-    Raises:
-        ValueError: the chains differ in form, or in what they take and give.
-    """
-    if first.form != second.form:
-        raise ValueError(f"a sum of {first.form} and {second.form} is neither")
-    last = len(first.stages) - 1
-    stages = tuple(
-        _beside(a, b, index == 0, index == last)
-        for index, (a, b) in enumerate(zip(first.stages, second.stages, strict=True))
-    )
-    ranks = tuple(a + b for a, b in zip(first.ranks, second.ranks, strict=True))
-    return Factors(first.form, ranks, stages, first.bias + second.bias)
-
-
-def _beside(a: Stage, b: Stage, same_input: bool, same_output: bool) -> Stage:
-    """Two stages as one: outputs beside each other, inputs too, unless they share them."""
-    if a.groups > 1 or b.groups > 1:  # depthwise: one group for each component
-        return Stage(np.concatenate([a.weight, b.weight]), a.groups + b.groups)
-    (o1, i1, *kernel), (o2, i2, *_) = a.weight.shape, b.weight.shape
-    outputs, inputs = o1 if same_output else o1 + o2, i1 if same_input else i1 + i2
-    total = np.zeros((outputs, inputs, *kernel), np.result_type(a.weight, b.weight))
-    total[:o1, :i1] = a.weight
-    total[outputs - o2 :, inputs - i2 :] += b.weight
-    return Stage(total)
-
-
 def chain_product(stages: Sequence[Stage]) -> Array:
     """Weight `(O, I, *kernel)` of the one convolution that equals `stages` run one after the other.
 

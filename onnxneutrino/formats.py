@@ -46,6 +46,19 @@ def format_metric(value: float | None) -> str:
     return _digits(value) if abs(value) >= 1e-4 else f"{value:.2e}"
 
 
+def format_tick(value: float) -> str:
+    """Write the tick of an axis in as few digits as it needs: 2500 is `2.5 k`, 0.05 is `0.05`, 1e-06 is `1e-06`."""
+    power, rest = 0, value
+    while abs(rest) >= 1000 and power < 4:
+        power, rest = power + 1, rest / 1000
+    return f"{rest + 0.0:.6g} {('', 'k', 'M', 'G', 'T')[power]}".rstrip()
+
+
+def format_exact(value: int) -> str:
+    """Write a whole number with all its digits: 8558 is `8,558`."""
+    return f"{value:,}"
+
+
 def format_interval(interval: Interval) -> str:
     """Write a drop with its interval: `0.600 (95 % interval 0.310 to 0.890)`."""
     bounds = f"{format_metric(interval.low)} to {format_metric(interval.high)}"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnxneutrino import cost, metrics, prepare
+from onnxneutrino.agreement import compared
 from onnxneutrino.calibrate import calibrate, images_needed
 from onnxneutrino.conductor import mark
 from onnxneutrino.config import Config
@@ -21,7 +22,7 @@ from onnxneutrino.forms import applicable
 from onnxneutrino.graph import element_dtype, load, real_inputs
 from onnxneutrino.layer_options import LayerOptions
 from onnxneutrino.plan import Frozen, Layer
-from onnxneutrino.report import SixMetrics
+from onnxneutrino.report import Agreement, Interval, SixMetrics
 from onnxneutrino.runtime import Runner, latencies, random_inputs
 from onnxneutrino.summary import six_metrics
 from onnxneutrino.task import Marked
@@ -39,6 +40,16 @@ class Profile:
     metric_name: str
     metrics: SixMetrics
     nodes: tuple[NodeCost, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same test examples: their profiles, and how much worse the second is, with its interval."""
+
+    profiles: tuple[Profile, Profile]
+    drop: Interval
+    examples: int
+    agreement: Agreement | None
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,14 @@ def profile(paths: Sequence[Path], config: Config) -> list[Profile]:
         ModelError: a model has other inputs than the first.
         NeutrinoError: see `errors`.
     """
+    opened = _alike(paths, config)
+    found = [_measured(own, config) if config.data.path else None for own in opened]
+    name = next((own.metric for own in found if own is not None), config.metric or prepare.DEFAULT_METRIC)
+    return _profiles(opened, paths, name, [None if own is None else own.value for own in found], config)
+
+
+def _alike(paths: Sequence[Path], config: Config) -> list[prepare.Opened]:
+    """Models of the same inputs."""
     opened = [prepare.open_model(load(path).model, path.name, config) for path in paths]
     for own in opened[1:]:
         if _signature(own) != _signature(opened[0]):
@@ -101,19 +120,53 @@ def profile(paths: Sequence[Path], config: Config) -> list[Profile]:
                 f"{own.name}: its inputs differ from those of {opened[0].name} in number, shape or type; "
                 "compare models of the same inputs"
             )
-    found = [_measured(own, config) if config.data.path else None for own in opened]
+    return opened
+
+
+def _profiles(
+    opened: Sequence[prepare.Opened],
+    paths: Sequence[Path],
+    metric: str,
+    values: Sequence[float | None],
+    config: Config,
+) -> list[Profile]:
+    """The six metrics of each model, latencies measured in turn."""
     inputs = random_inputs(opened[0].model, opened[0].shapes, config.seed)
     renamed = [dict(zip(own.shapes, inputs.values(), strict=True)) for own in opened]
     times = latencies([Runner(own.model, threads=config.threads, spinning=True) for own in opened], renamed)[0]
     return [
         Profile(
             own.name,
-            measured.metric if measured else config.metric or prepare.DEFAULT_METRIC,
-            six_metrics(own.model, own.shapes, measured.value if measured else None, cost.size_bytes(path), time),
+            metric,
+            six_metrics(own.model, own.shapes, value, cost.size_bytes(path), time),
             tuple(cost.node_costs(own.model, own.types)),
         )
-        for own, path, measured, time in zip(opened, paths, found, times, strict=True)
+        for own, path, value, time in zip(opened, paths, values, times, strict=True)
     ]
+
+
+def compare(original: Path, other: Path, config: Config) -> Comparison:
+    """Profile two models, and measure the drop from the first to the second, paired over the test examples.
+
+    Raises:
+        ModelError: the second has other inputs than the first.
+        NeutrinoError: see `errors`.
+    """
+    opened = _alike([original, other], config)
+    if list(opened[0].shapes) != list(opened[1].shapes):
+        wanted, got = (", ".join(own.shapes) for own in opened)
+        raise ModelError(f"{opened[1].name}: its inputs are called {got}, not {wanted}; both get the same examples")
+    config, metric, dataset = prepare.settled(opened[0], config)
+    samples = prepare.first_examples(dataset.test, NORMALIZE_SAMPLES)
+    freed = [prepare.free(own.model, samples, config.threads) for own in opened]
+    batch = prepare.evaluation_batch(opened[0]) if all(free for _, free in freed) else 1
+    models = [model for model, _ in freed]
+    rows = [prepare.evaluate(own, dataset.test, metric, batch, config.threads, models[0]) for own in models]
+    drop = metrics.drop(metric, *rows, seed=config.seed)
+    values = [metrics.value(metric, own) for own in rows]
+    before, after = _profiles(opened, [original, other], metric.name, values, config)
+    alike = compared(models[0], models[1], dataset.test, metric, batch, config.threads)
+    return Comparison((before, after), Interval(drop.value, drop.low, drop.high), len(rows[0]), alike)
 
 
 def evaluate(path: Path, config: Config) -> Evaluation:

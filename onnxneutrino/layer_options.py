@@ -152,7 +152,7 @@ class LayerOptions:
         points = (
             candidates(self.layer, self.fits, self._measured, self._counted)
             if self.current is None
-            else self._derived(self.current)
+            else self._smaller(self.current)
         )
         self._highest = max((own.choice.ranks[0] for own in points if own.choice is not None), default=0)
         self._release()
@@ -171,7 +171,7 @@ class LayerOptions:
         self._fits = None
         weights.let_go()
 
-    def _derived(self, current: Factors) -> list[Point]:
+    def _smaller(self, current: Factors) -> list[Point]:
         """The trained chain as it is, and truncations of its product."""
         form = current.form
         grid: list[tuple[int, ...]]
@@ -195,9 +195,6 @@ class LayerOptions:
         """The fitted chain of an option."""
         if self.current is not None and choice.ranks == self.current.ranks:
             return self.current
-        return self._fitted(choice)
-
-    def _fitted(self, choice: Choice) -> Factors:
         found = self.fits[choice.form].factors(choice.ranks)
         self._release()
         return found if self._keep is None else kept_factors(self.layer, found, self._keep)

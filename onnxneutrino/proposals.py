@@ -23,11 +23,10 @@ Within = Callable[[Mapping[str, Sequence[Option]], float], Mapping[str, Option]]
 class Planner(Protocol):
     """What a proposal needs to know about the network."""
 
-    def options(self, source: Candidate | None, cost: float = 0.0) -> tuple[Mapping[str, Sequence[Option]], float]:
+    def options(self, source: Candidate | None) -> tuple[Mapping[str, Sequence[Option]], float]:
         """Options of every layer, loss = relative output error, and the cost of all the rest.
 
-        From the original for None, else from the trained chains of `source`, forms frozen: truncated, or where the
-        network may have more than its cost, with components of the original added.
+        From the original for None, else from the trained chains of `source`, forms frozen.
         """
 
     def sensitivities(self) -> Mapping[str, Callable[[float], float]]:
@@ -73,7 +72,7 @@ def propose(
         seed: of the annealing.
         within: allocates under hard targets; None for one cost, which is the sum of the options' and the rest.
     """
-    options, rest = planner.options(source, cost)
+    options, rest = planner.options(source)
     curves = planner.sensitivities()
     own_options = {layer: {option.choice: option for option in own} for layer, own in options.items()}
     plans: list[dict[str, Option]] = []

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from onnxneutrino.bench import Bench, Candidate, Record, Settings, accepted, drops_by_cost, recorder
 from onnxneutrino.ladder import NOISE, Ladder
 from onnxneutrino.recovery import HALF_STEPS, left, secant
-from onnxneutrino.spend import AIM, FINEST_RATIO, give_back, trim
+from onnxneutrino.spend import AIM, FINEST_RATIO, trim
 
 FIRST = "stage 1, first fine-tune"
 FIRST_RATIO = 1.5
@@ -25,7 +25,6 @@ LADDER_STEPS = 12
 EARLY = 0.25  # of delta: below it the ladder takes two steps at once
 LADDER_END = 8.0  # times delta
 LADDER_SHARE = 0.1  # of the time limit
-USED_SHARE = 0.7  # of the training time, that the first network counts on
 FIRST_LEFT = 0.25  # the least share of an untrained drop that it counts on
 RECOVERY = 0.4
 PATIENCE = 1.2
@@ -35,13 +34,12 @@ HOPELESS = 4.0  # times delta
 PLAN_SHARE = 0.05  # of the time left, for one more plan to choose from
 SWAP_SHARE = 0.5  # of the time limit that must be left for forms that are dear to fit
 SHARES: dict[int, tuple[float, ...]] = {
-    1: (0.15, 0.50),
-    2: (0.15, 0.23, 0.40),
-}  # of the time limit, for the fine-tunes of a stage
+    1: (0.25, 1.0),
+    2: (0.25, 0.25, 1.0),
+}  # of the time limit, for the fine-tunes of a stage; the last has what is left
 # With fewer steps, one long fine-tune is worth more than two, for each begins with large steps anew: VGG-like, 19.8x,
 # lost 1.22 after 960 steps and 1.14 after 1700 more; 13.9x lost 0.08 after 3100 at once.
 FEW_STEPS = 10_000
-GIVE_BACK_SHARE = 0.06
 LEAST_SHARE = 0.03  # of the time limit: no fine-tune is shorter
 TRIM_SHARE = 0.03
 
@@ -70,19 +68,22 @@ def search(
     if not settings.train:
         narrow(bench, settings, time_left, record, plans)
         return tried
+    if not any(accepted(plan, settings) for plan in plans) and time_left() > 0:
+        # Should all training fail, there is at least this.
+        cost = bench.full_cost / math.sqrt(FIRST_RATIO)
+        plans.insert(0, record(bench.measured(bench.propose(None, cost, f"stage 1, {math.sqrt(FIRST_RATIO):.1f}x"))))
     ladder = Ladder.of(bench.full_cost, drops_by_cost(plans), settings.delta)
     like = min(plans, key=lambda plan: math.inf if plan.drop is None else abs(plan.drop.value - settings.delta))
     pace = bench.step_seconds(like) if time_left() > 0 else math.inf
     shares = SHARES[settings.stage]
-    shares = shares if pace * FEW_STEPS <= time_left() else (shares[0], sum(shares[1:]))
-    explore = first_cost(settings, like, ladder, pace, sum(shares) * max(time_left(), 0.0))
+    shares = shares if pace * FEW_STEPS <= time_left() else (shares[0], shares[-1])
+    first_seconds = min(shares[0] * settings.time_limit, max(time_left(), 0.0))
+    explore = first_cost(settings, like, ladder, pace, first_seconds)
     explore = min(max(explore, plans[-1].cost), bench.full_cost / FINEST_RATIO)
     swap = time_left() > SWAP_SHARE * settings.time_limit
     first = bench.propose(None, explore, "stage 1, plan", PLAN_SHARE * time_left(), swap)
-    first_share = shares[0] * settings.time_limit
-    fine_tune(bench, settings, first, first_share, time_left, record, FIRST, 1, ladder.drop(first.cost))
+    fine_tune(bench, settings, first, first_seconds, time_left, record, FIRST, 1, ladder.drop(first.cost))
     descend(bench, settings, shares[1:], time_left, record, tried, ladder)
-    give_back(bench, settings, time_left, record, tried, ladder)
     if any(candidate.trained and accepted(candidate, settings) for candidate in tried):
         trim(bench, settings, time_left, record, tried)
     else:
@@ -91,14 +92,14 @@ def search(
 
 
 def first_cost(settings: Settings, like: Candidate, ladder: Ladder, pace: float, seconds: float) -> float:
-    """The cost that should just be accepted after most of `seconds` of training, as other networks have recovered.
+    """The cost that should just be accepted after `seconds` of training, as other networks have recovered.
 
-    `like` is an untrained network that loses about delta, for its standard error; `pace` are the seconds of a training
-    step, 0 where they are not known.
+    It is what stands where all that is tried afterwards fails. `like` is an untrained network that loses about delta,
+    for its standard error; `pace` are the seconds of a training step, 0 where they are not known.
     """
     error = 0.0 if like.drop is None else like.drop.standard_error
     goal = max(AIM * (settings.delta - settings.z * error), NOISE * settings.delta)
-    share = left(USED_SHARE * seconds, HALF_STEPS * pace)
+    share = left(seconds, HALF_STEPS * pace)
     return ladder.cost(goal / max(share, FIRST_LEFT))
 
 
@@ -136,13 +137,14 @@ def narrow(
     while bad is not None and good / bad > FINEST_RATIO and time_left() > 0:
         cost = math.sqrt(good * bad)
         plan = bench.propose(None, cost, f"stage 1, {bench.full_cost / cost:.1f}x", PLAN_SHARE * time_left())
-        candidate = record(bench.measured(plan))
-        if not bad < candidate.cost < good:
+        if plan.cost >= good:
             break
-        if accepted(candidate, settings):
-            good = candidate.cost
+        if plan.cost <= bad:  # there is none between that and what was asked for
+            bad = cost
+        elif accepted(record(bench.measured(plan)), settings):
+            good = plan.cost
         else:
-            bad = candidate.cost
+            bad = plan.cost
 
 
 def fine_tune(
@@ -182,13 +184,12 @@ def descend(
         if not done or any(candidate.cost <= settings.goal and accepted(candidate, settings) for candidate in done):
             return
         last = index == len(shares) - 1
-        kept = (TRIM_SHARE + GIVE_BACK_SHARE) * settings.time_limit
-        seconds = time_left() - kept if last else min(share * settings.time_limit, time_left())
+        most = time_left() - TRIM_SHARE * settings.time_limit
+        seconds = most if last else min(share * settings.time_limit, most)
         if seconds < LEAST_SHARE * settings.time_limit:
             return
         # What is not accepted now may be by all the training that is still to come.
-        ahead = seconds if last else min(sum(shares[index:]) * settings.time_limit, time_left())
-        cost, source = next_step(done, ladder, settings, ahead, 1.0 if last else PATIENCE)
+        cost, source = next_step(done, ladder, settings, most, 1.0 if last else PATIENCE)
         cost = max(cost, settings.goal)
         name = f"stage {settings.stage}, {bench.full_cost / cost:.1f}x"
         if source is not None and cost >= source.cost:

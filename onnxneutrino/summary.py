@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,7 @@ from onnxneutrino.candidates import macs_of
 from onnxneutrino.config import Config
 from onnxneutrino.data import Deciding, Inputs
 from onnxneutrino.formats import format_metric, format_ratio
-from onnxneutrino.plan import Choice
+from onnxneutrino.plan import Choice, Frozen
 from onnxneutrino.report import (
     CandidateRow,
     CurvePoint,
@@ -26,17 +28,20 @@ from onnxneutrino.report import (
     Interval,
     LayerRow,
     Report,
+    Sensitivity,
+    SensitivityPoint,
     SixMetrics,
     TrainedBlock,
     Training,
     enhancement,
 )
 from onnxneutrino.runtime import Runner, latencies
+from onnxneutrino.sensitivity import Curve
 from onnxneutrino.task import FineTune, Marked, Network, Task, build
 from onnxneutrino.weights import stored_bytes
 
 CURVE_POINTS = 60
-LIBRARIES = ("onnxneutrino", "onnx", "onnxruntime-training-cpu", "onnxslim", "numpy", "scipy")
+LIBRARIES = ("onnxneutrino", "onnx", "onnxruntime-training-cpu", "onnxslim", "numpy", "scipy", "matplotlib")
 
 
 def six_metrics(
@@ -83,12 +88,27 @@ def candidate_row(candidate: Candidate, ok: bool, task: Task, original: float) -
     )
 
 
-def candidate_line(candidate: Candidate, ok: bool, full_cost: float) -> str:
-    """One line about a measured candidate, for the console."""
+def candidate_told(candidate: Candidate, full_cost: float) -> str:
+    """A measured candidate in words: how much smaller, and what it loses."""
     drop = candidate.drop
     lost = "not measured" if drop is None else f"{format_metric(drop.value)} ± {format_metric(drop.standard_error)}"
-    verdict = "accepted" if ok else "refused"
-    return f"{candidate.name}: {format_ratio(full_cost / candidate.cost)} smaller, drop {lost}, {verdict}"
+    return f"{format_ratio(full_cost / candidate.cost)} smaller, drop {lost}"
+
+
+def frozen_told(frozen: Sequence[Frozen]) -> list[str]:
+    """One line for each reason why layers are frozen."""
+    by_reason: dict[str, list[str]] = {}
+    for layer in frozen:
+        by_reason.setdefault(layer.reason, []).append(layer.name)
+    return [f"frozen, {reason}: {', '.join(names)}" for reason, names in by_reason.items()]
+
+
+def sensitivity_rows(curves: Mapping[str, Curve]) -> tuple[Sensitivity, ...]:
+    """The measured curves of all layers."""
+    rows = (
+        Sensitivity(name, tuple(SensitivityPoint(*point) for point in curve.points)) for name, curve in curves.items()
+    )
+    return tuple(row for row in rows if row.points)
 
 
 def plan_of(network: Network) -> dict[str, Choice]:
@@ -159,14 +179,19 @@ def trained_blocks(task: Task) -> tuple[TrainedBlock, ...]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries in use."""
-    found = {}
+    """Versions of Python and the libraries in use."""
+    found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "unknown"
     return found
+
+
+def machine() -> str:
+    """System, processor and cores in words."""
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -268,6 +293,7 @@ def make_report(
         seed=seed,
         settings=settings(config),
         versions=versions(),
+        machine=machine(),
         warnings=warnings,
     )
 

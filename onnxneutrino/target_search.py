@@ -13,8 +13,8 @@ from collections.abc import Callable
 from onnxneutrino.bench import Bench, Candidate, Settings, accepted, drops_by_cost, recorder
 from onnxneutrino.ladder import Ladder
 from onnxneutrino.layer_options import GOAL
-from onnxneutrino.search import FIRST, GIVE_BACK_SHARE, PLAN_SHARE, descend, fine_tune, narrow, walk_ladder
-from onnxneutrino.spend import FINEST_RATIO, give_back, trim
+from onnxneutrino.search import FIRST, LEAST_SHARE, PLAN_SHARE, descend, fine_tune, narrow, walk_ladder
+from onnxneutrino.spend import FINEST_RATIO, trim
 
 FIRST_STEP = 1.5
 FIRST_SHARE = 0.35
@@ -53,7 +53,7 @@ def search_targets(
         return tried
     end = 0.0 if math.isinf(settings.delta) else (1 - TARGET_SHARE) * time_left()
     last = _at_targets(bench, settings, plan, lambda: time_left() - end, record, untrained)
-    if (last is not None and accepted(last, settings)) or time_left() < 0.5 * GIVE_BACK_SHARE * settings.time_limit:
+    if (last is not None and accepted(last, settings)) or time_left() < LEAST_SHARE * settings.time_limit:
         return tried
     walk_ladder(bench, settings, time_left, record)
     plans = [candidate for candidate in tried if not candidate.trained]
@@ -71,7 +71,6 @@ def search_targets(
 
     shares = (REST_SHARE * time_left() / settings.time_limit, 0.0)  # the last step has what is left
     descend(bench, settings, shares, time_left, learned, known, ladder)
-    give_back(bench, settings, time_left, learned, known, ladder)
     if not any(accepted(candidate, settings) for candidate in known):
         narrow(bench, settings, time_left, record, plans)
     trim(bench, settings, time_left, record, tried)

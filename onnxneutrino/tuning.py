@@ -65,7 +65,8 @@ class Looks:
     def status(self, name: str, step: int, steps: int, loss: float) -> TrainingStatus:
         """How far the fine-tune of the candidate `name` is."""
         epoch = step * self._task.batch / max(len(self._task.train), 1)
-        return TrainingStatus(name, step, steps, epoch, loss, next(reversed(self._seen.values()), None), self._floor)
+        seen = next(reversed(self._seen.values()), None)
+        return TrainingStatus(name, step, steps, epoch, loss, self._task.metric.name, seen, self._floor)
 
     def record(self, name: str, result: finetune.Trained) -> FineTune:
         """The fine-tune for the report."""

@@ -23,7 +23,6 @@ from onnxneutrino.calibrate import calibrate, images_needed, in_place
 from onnxneutrino.events import TrainingStatus
 from onnxneutrino.factors import Moments
 from onnxneutrino.figures import figures
-from onnxneutrino.growth import GrownOptions
 from onnxneutrino.large import calibration_rows, is_large, probe_rows
 from onnxneutrino.layer_options import GOAL, LayerOptions, chains, kept_factors
 from onnxneutrino.passes.factorize import last_stage
@@ -98,7 +97,7 @@ class Workbench:
             )
             for layer in task.layers
         }
-        self._derived: tuple[Candidate, dict[str, LayerOptions], dict[str, LayerOptions]] | None = None
+        self._derived: tuple[Candidate, dict[str, LayerOptions]] | None = None
         self._sensitivities: Mapping[str, Curve] = {}
         self._targets = task.objective if isinstance(task.objective, tuple) else ()
         self._figures: dict[frozenset[tuple[str, Choice]], NDArray[np.float64]] = {}
@@ -112,9 +111,9 @@ class Workbench:
             return float(max(self.figures({})))
         return self.task.rest + sum(own.whole.cost for own in self._original.values())
 
-    def options(self, source: Candidate | None, cost: float = 0.0) -> tuple[Mapping[str, Sequence[Option]], float]:
+    def options(self, source: Candidate | None) -> tuple[Mapping[str, Sequence[Option]], float]:
         """Options of every layer and the cost of all the rest."""
-        fitted = self._fitted(source, source is not None and cost > source.cost)
+        fitted = self._fitted(source)
         with ThreadPoolExecutor(self.task.threads) as pool:
             found = pool.map(lambda own: own.options, fitted.values())
             return dict(zip(fitted, found, strict=True)), self.task.rest
@@ -141,16 +140,15 @@ class Workbench:
         rests = np.array([target.rest / target.limit for target in self._targets])
         return allocate_measured(options, rests, bound, self.figures)
 
-    def _fitted(self, source: Candidate | None, grows: bool = False) -> dict[str, LayerOptions]:
+    def _fitted(self, source: Candidate | None) -> dict[str, LayerOptions]:
         """Fits on the original, or on the trained chains of `source` at their trained inputs."""
         if source is None:
             return self._original
         if self._derived is None or self._derived[0] is not source:
-            self._derived = source, *self._refits(source.network)
-        return self._derived[2] if grows else self._derived[1]
+            self._derived = source, self._trained_fits(source.network)
+        return self._derived[1]
 
-    def _refits(self, network: Network) -> tuple[dict[str, LayerOptions], dict[str, LayerOptions]]:
-        """Options of a trained network that make it smaller, and those that make it larger."""
+    def _trained_fits(self, network: Network) -> dict[str, LayerOptions]:
         images = min(images_needed(self.task.layers, self._rows_wanted), len(self.task.train), TRUNCATION_IMAGES)
         moments, _ = self._moments(network, images, float("inf"))
         whole = {
@@ -158,18 +156,19 @@ class Workbench:
             for layer in find_layers(build(self.task, network), self.task.types)
             if isinstance(layer, Layer)
         }
-        smaller, larger = {}, {}
+        derived = {}
         for layer in self.task.layers:
-            name, factors = layer.name, network.factors.get(layer.name)
+            factors = network.factors.get(layer.name)
             if factors is None:
-                trained = whole.get(name, layer)
+                trained = whole.get(layer.name, layer)
             else:
                 product = (self._keep or in_place)(factors.product())
                 trained = dataclasses.replace(layer, weight=product, bias=factors.bias)
-            weighting, objective = self._curvature.get(name), self.task.objective
-            smaller[name] = LayerOptions(trained, moments[name], objective, factors, weighting, self._keep)
-            larger[name] = smaller[name] if factors is None else GrownOptions(layer, moments[name], objective, factors)
-        return smaller, larger
+            weighting = self._curvature.get(layer.name)
+            derived[layer.name] = LayerOptions(
+                trained, moments[layer.name], self.task.objective, factors, weighting, self._keep
+            )
+        return derived
 
     def _moments(self, network: Network, images: int, seconds: float) -> tuple[dict[str, Moments], int]:
         task = self.task
@@ -214,7 +213,7 @@ class Workbench:
     def realize(self, source: Candidate | None, choices: Mapping[str, Option], name: str) -> Candidate:
         """Factors of the plan, refitted to the original's outputs, and the divergence."""
         start = clock.now()
-        fitted = self._fitted(source, source is not None and _grown(source.choices, choices))
+        fitted = self._fitted(source)
         factors = chains(fitted, choices, self.task.threads)
         made = [Network(factors, {} if source is None else source.network.arrays)]
         made.append(self._refitted(made[0], name))
@@ -275,6 +274,11 @@ class Workbench:
             self._sensitivities = measured_sensitivities(self.task, self._original, self._places, batch, self._tell)
         return self._sensitivities
 
+    @property
+    def known_sensitivities(self) -> Mapping[str, Curve]:
+        """The curves that a proposal needed; none where there was no proposal."""
+        return self._sensitivities
+
     # --- measuring and training -----------------------------------------------------------------------------
 
     def measured(self, candidate: Candidate) -> Candidate:
@@ -314,9 +318,3 @@ class Workbench:
         if training is None or not training.loss.fed:
             return network
         return min((network, self._refitted(network, name)), key=self._divergence)
-
-
-def _grown(before: Mapping[str, Option], after: Mapping[str, Option]) -> bool:
-    """Whether a plan has components that the one before it has not."""
-    pairs = [(before[name].choice, after[name].choice) for name in after]
-    return any(a is not None and (b is None or any(map(int.__gt__, b.ranks, a.ranks))) for a, b in pairs)

@@ -15,7 +15,7 @@ from onnx import ModelProto, numpy_helper, parser
 
 import onnxneutrino
 from onnxneutrino import errors
-from onnxneutrino.report import Event
+from onnxneutrino.events import Event
 from onnxneutrino.runtime import Runner
 
 PUBLIC = {

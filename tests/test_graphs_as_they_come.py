@@ -13,8 +13,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 
 import onnxneutrino
-from onnxneutrino.conductor import compress_file
 from onnxneutrino.config import load_config
+from onnxneutrino.delivery import compress_file
 from onnxneutrino.errors import ModelError, NeutrinoError
 from onnxneutrino.graph import all_nodes, load, opset
 from onnxneutrino.opset_down import RUNTIME_OPSET, brought_down, too_new

@@ -13,8 +13,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 import onnxneutrino
 from onnxneutrino import conductor, graph, large, tuning, weights
 from onnxneutrino.blocks import Block
-from onnxneutrino.conductor import compress_file
 from onnxneutrino.config import Config, DataConfig
+from onnxneutrino.delivery import compress_file
 from onnxneutrino.finetune import Example, Trainer
 from onnxneutrino.groups import Group, as_inputs, cut_out, grouped, loss_of
 from onnxneutrino.losses import Loss

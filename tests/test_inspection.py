@@ -170,3 +170,73 @@ def test_table_beside_a_pipe_is_not_cut(config: Config, capfd: pytest.CaptureFix
     model.graph.node[0].name = "/" + "block/" * 20 + "conv"
     onnx.save(model, "in.onnx")
     assert model.graph.node[0].name in shown(capfd, "analyze", "in.onnx")
+
+
+def spoiled(labels: int) -> None:
+    """`other.onnx`: in.onnx with the bias of one class raised, so that other images fall to it."""
+    model = onnx.load("in.onnx")
+    for initializer in model.graph.initializer:
+        if initializer.name == "b3":
+            bias = numpy_helper.to_array(initializer).copy()
+            bias[0] += labels
+            initializer.CopyFrom(numpy_helper.from_array(bias, "b3"))
+    onnx.save(model, "other.onnx")
+
+
+def test_compare_counts_drop_agreement_and_disagreements(config: Config) -> None:
+    spoiled(1)
+    found = inspection.compare(Path("in.onnx"), Path("other.onnx"), with_data())
+    data = np.load("data.npz")
+    inputs, right = {"x": data["x_test"].transpose(0, 3, 1, 2)}, data["y_test"]
+    said, says = (Runner(onnx.load(name))(inputs)[0].argmax(1) for name in ("in.onnx", "other.onnx"))
+    assert (said != says).any()
+    before, after = (100 * np.mean(own == right) for own in (said, says))
+    assert [own.metrics.metric for own in found.profiles] == pytest.approx([before, after])
+    assert found.drop.value == pytest.approx(before - after)
+    assert found.drop.low <= found.drop.value <= found.drop.high
+    assert found.examples == 20
+    assert found.agreement is not None
+    assert found.agreement.value == pytest.approx(100 * np.mean(said == says))
+    cells = (
+        found.agreement.both_right,
+        found.agreement.only_original,
+        found.agreement.only_compressed,
+        found.agreement.both_wrong,
+    )
+    a, b = said == right, says == right
+    assert cells == (sum(a & b), sum(a & ~b), sum(~a & b), sum(~a & ~b))
+    counted = {(own.original, own.compressed): own.count for own in found.agreement.confusions}
+    assert counted == {(i, j): n for i in range(5) for j in range(5) if (n := int(sum((said == i) & (says == j))))}
+
+
+def test_compare_of_a_regression_agrees_by_the_relative_error(config: Config) -> None:
+    spoiled(1)
+    found = inspection.compare(Path("in.onnx"), Path("other.onnx"), with_data(metric="mse", data="random"))
+    assert found.agreement is not None
+    assert found.agreement.classes is None
+    assert 0 < found.agreement.value < 100
+    same = inspection.compare(Path("in.onnx"), Path("in.onnx"), with_data(metric="mse", data="random"))
+    assert same.agreement is not None
+    assert same.agreement.value == 100
+    assert same.drop.value == 0
+
+
+def test_compare_fails_a_pipeline_above_the_largest_drop(config: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    spoiled(9)
+    text = shown(capfd, "compare", "in.onnx", "other.onnx", "--data", "data.npz")
+    assert "Drop on 20 test examples" in text
+    for allowed, code in ((100, 0), (1, 3)):
+        with pytest.raises(SystemExit) as exit_:
+            main(["compare", "in.onnx", "other.onnx", "--data", "data.npz", "--max-drop", str(allowed), "--json", "-"])
+        printed = capfd.readouterr()
+        assert exit_.value.code == code
+        assert json.loads(printed.out)["drop"]["value"] > 1
+        assert ("more than --max-drop 1.00" in printed.err) == (code == 3)
+
+
+def test_compare_wants_the_same_inputs(config: Config) -> None:
+    model = onnx.load("in.onnx")
+    model.graph.input[0].name = model.graph.node[0].input[0] = "pixels"
+    onnx.save(model, "named.onnx")
+    with pytest.raises(ModelError, match=r"named.onnx: its inputs are called pixels, not x"):
+        inspection.compare(Path("in.onnx"), Path("named.onnx"), with_data())

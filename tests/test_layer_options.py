@@ -8,13 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from onnxneutrino.candidates import Point, point
-from onnxneutrino.factors import Factors, Moments, chain_macs, joined
+from onnxneutrino.candidates import Point
+from onnxneutrino.factors import Factors, Moments, chain_macs
 from onnxneutrino.forms import applicable, decompose, full_ranks
-from onnxneutrino.growth import GrownOptions
 from onnxneutrino.layer_options import LayerOptions, Target, cost_unit
 from onnxneutrino.moments import MomentSum
-from onnxneutrino.plan import Array, Choice, Form, Geometry, Kind, Layer
+from onnxneutrino.plan import Array, Form, Geometry, Kind, Layer
 
 ROWS = 2000
 
@@ -210,58 +209,3 @@ def test_with_hard_targets_an_option_goes_only_where_another_is_better_in_every_
             limit = option.cost / targets[index].limit * (1 + 1e-9)
             best = min(each.loss for each in kept if each.costs[index] <= limit)
             assert best <= option.loss * (1 + 1e-9), "what one cost alone would choose, or better, is still there"
-
-
-GROWING: tuple[tuple[Form, tuple[int, ...]], ...] = (
-    ("channel", (6,)),
-    ("input", (4,)),
-    ("spatial_hv", (6,)),
-    ("spatial_vh", (6,)),
-    ("tucker2", (4, 5)),
-)
-
-
-@pytest.mark.parametrize(("form", "ranks"), [*GROWING, ("cp", (6,))])
-def test_the_sum_of_two_chains_has_the_sum_of_their_products(form: Form, ranks: tuple[int, ...]) -> None:
-    own = layer()
-    _, first = trained(own, form, ranks)
-    second = decompose(form, normal(*own.weight.shape, seed=9), normal(24, seed=8), moments(own)).factors(ranks)
-    both = joined(first, second)
-    assert both.ranks == tuple(2 * rank for rank in ranks)
-    assert both.params == point(own, Choice(form, both.ranks)).params
-    np.testing.assert_allclose(both.product(), first.product() + second.product(), atol=1e-4)
-    np.testing.assert_allclose(both.bias, first.bias + second.bias)
-
-
-def test_chains_of_two_forms_have_no_sum() -> None:
-    _, first = trained(layer(), "channel", (3,))
-    _, second = trained(layer(), "input", (3,))
-    with pytest.raises(ValueError, match="channel and input"):
-        joined(first, second)
-
-
-@pytest.mark.parametrize(("form", "ranks"), GROWING)
-def test_a_chain_grows_toward_its_layer(form: Form, ranks: tuple[int, ...]) -> None:
-    own = layer()
-    _, current = trained(own, form, ranks)
-    grown = GrownOptions(own, moments(own), "params", current)
-    options = grown.options
-    assert options[0].choice == Choice(form, ranks)
-    assert grown.factors(Choice(form, ranks)) is current
-    assert options[-1].choice is None
-    assert options[-1].cost == own.params
-    chains = [grown.factors(option.choice) for option in options if option.choice is not None]
-    assert [chain.params for chain in chains] == [option.cost for option in options[:-1]]
-    errors = [output_error(own, chain) for chain in chains]
-    assert len(errors) > 3
-    assert errors[-1] < 0.5 * errors[0]
-    assert all(after < 1.02 * before for before, after in itertools.pairwise(errors))
-    everything = tuple(a + b for a, b in zip(ranks, grown.fits[form].limit, strict=True))
-    assert output_error(own, grown.factors(Choice(form, everything))) < 1e-6
-
-
-def test_a_trained_cp_chain_stays_or_goes() -> None:
-    own = layer()
-    _, current = trained(own, "cp", (6,))
-    options = GrownOptions(own, moments(own), "params", current).options
-    assert [option.choice for option in options] == [Choice("cp", (6,)), None]

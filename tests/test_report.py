@@ -15,6 +15,7 @@ from onnxneutrino.cost import NodeCost
 from onnxneutrino.errors import UsageError
 from onnxneutrino.events import Event
 from onnxneutrino.plan import Choice
+from onnxneutrino.progress import Progress
 from onnxneutrino.report import (
     CandidateRow,
     DecidingImages,
@@ -52,8 +53,8 @@ def full_report() -> Report:
         objective="params",
         compressed=True,
         layers=(
-            LayerRow("conv1", "Conv", (64, 3, 3, 3), "tucker2", (3, 20), 1792, 900, None),
-            LayerRow("fc", "Gemm", (10, 3), None, (), 40, 40, "no form has fewer parameters"),
+            LayerRow("conv1", "Conv", (64, 3, 3, 3), "tucker2", (3, 20), 1792, 900, 7000, 3500, None),
+            LayerRow("fc", "Gemm", (10, 3), None, (), 40, 40, 30, 30, "no form has fewer parameters"),
         ),
         normalization=("BatchNormalization bn1 folded into Conv conv1",),
         candidates=(
@@ -241,7 +242,7 @@ def test_summary_of_stage_1_has_no_second_row_and_failure_is_a_sentence() -> Non
     assert "Stage 1" in first
     assert "Stage 2" not in first
     assert "No smaller model" not in first
-    kept = text_of(console.summary(dataclasses.replace(full_report(), compressed=False)))
+    kept = " ".join(text_of(console.summary(dataclasses.replace(full_report(), compressed=False))).split())
     assert "No smaller model stays within delta 1.00: the normalized original was written." in kept
 
 
@@ -346,7 +347,7 @@ class Clock:
 
 def test_without_a_terminal_a_line_a_phase_and_one_in_ten_seconds() -> None:
     file, clock = io.StringIO(), Clock()
-    with console.Progress(quiet=False, terminal=False, file=file, clock=clock) as progress:
+    with Progress(quiet=False, terminal=False, file=file, clock=clock) as progress:
         for second in range(25):
             clock.now = float(second)
             progress(Event("fine-tune", f"step {second}", float(second), 25.0 - second))
@@ -364,7 +365,7 @@ def test_without_a_terminal_a_line_a_phase_and_one_in_ten_seconds() -> None:
 def test_quiet_writes_nothing() -> None:
     file = io.StringIO()
     for terminal in (False, True):
-        with console.Progress(quiet=True, terminal=terminal, file=file) as progress:
+        with Progress(quiet=True, terminal=terminal, file=file) as progress:
             progress(Event("fine-tune", "step 1"))
             progress.message("done")
     assert file.getvalue() == ""
@@ -372,7 +373,7 @@ def test_quiet_writes_nothing() -> None:
 
 def test_on_a_terminal_one_short_line_that_goes_away(capsys: pytest.CaptureFixture[str]) -> None:
     file = io.StringIO()
-    with console.Progress(quiet=False, terminal=True, file=file, clock=Clock()) as progress:
+    with Progress(quiet=False, terminal=True, file=file, clock=Clock()) as progress:
         progress(Event("fine-tune", "x" * 200, 5.0, 90.0))
         progress.message("original top1 85.47")
         print("{}")

@@ -25,7 +25,7 @@ from onnxneutrino.metrics import Drop
 from onnxneutrino.plan import Choice
 from onnxneutrino.proposals import least_cost, propose
 from onnxneutrino.search import LARGEST_STEP, next_step, search
-from onnxneutrino.spend import AIM, FINEST_RATIO, give_back
+from onnxneutrino.spend import AIM, FINEST_RATIO
 from onnxneutrino.target_search import FIRST_STEP, search_targets
 
 LIMIT = 900.0
@@ -81,18 +81,15 @@ class FakeBench:
     def full_cost(self) -> float:
         return self.rest + sum(self.cost(f"layer{layer}", 41) for layer in range(self.layers))
 
-    def options(self, source: Candidate | None, cost: float = 0.0) -> tuple[Mapping[str, Sequence[Option]], float]:
-        grows = source is not None and cost > source.cost
+    def options(self, source: Candidate | None) -> tuple[Mapping[str, Sequence[Option]], float]:
         found = {}
         for layer in range(self.layers):
             name = f"layer{layer}"
-            current = 40 if source is None or name not in source.network.ranks else source.network.ranks[name]
-            least, top = (current, 40) if grows else (1, current)
+            top = 40 if source is None or name not in source.network.ranks else source.network.ranks[name]
             own = [
-                Option(Choice("svd", (r,)), self.unit(layer) * r, self.own_loss(layer, r))
-                for r in range(least, top + 1)
+                Option(Choice("svd", (r,)), self.unit(layer) * r, self.own_loss(layer, r)) for r in range(1, top + 1)
             ]
-            if source is None or grows:
+            if source is None:
                 own.append(Option(None, self.cost(name, 41), 0.0))
             found[name] = own
         return found, self.rest
@@ -210,7 +207,7 @@ BENCHES: dict[str, dict[str, Any]] = {
     "usual": {},
     "gentle": {"slope": 8.0},
     "steep": {"slope": 300.0},
-    "hardly smaller": {"slope": 5000.0},
+    "hardly smaller": {"slope": 5000.0, "error": 0.2},
     "little recovery": {"recovery": 0.3},
     "much recovery": {"recovery": 0.95},
     "sharp judge": {"error": 0.02},
@@ -305,40 +302,8 @@ def test_a_training_that_fails_is_survived(fail: list[int]) -> None:
     bench, own = FakeBench(fail=fail), wishes()
     tried = run(bench, own)
     assert smallest(tried, own).cost < bench.full_cost
-    learned = [c for c in tried if c.trained and not re.search("trimmed|given back", c.name)]
+    learned = [c for c in tried if c.trained and not re.search("trimmed", c.name)]
     assert len(learned) <= len(bench.trainings) - len([i for i in fail if i < len(bench.trainings)])
-
-
-def test_what_was_taken_too_much_is_given_back_until_it_will_do() -> None:
-    bench, own = FakeBench(recovery=0.3), wishes()
-    start = bench.propose(None, bench.full_cost / 3, "start")
-    refused = bench.measured(dataclasses.replace(start, trained=10.0))
-    assert not accepted(refused, own)
-    tried = [refused]
-
-    def record(candidate: Candidate) -> Candidate:
-        tried.append(candidate)
-        return candidate
-
-    ladder = Ladder.of(bench.full_cost, drops_by_cost(tried), own.delta)
-    give_back(bench, own, lambda: 100.0 - bench.clock, record, tried, ladder)
-    grown = tried[1:]
-    assert all(refused.cost < candidate.cost < bench.full_cost for candidate in grown)
-    assert all("given back to" in candidate.name and candidate.stage == 2 for candidate in grown)
-    best = smallest(tried, own)
-    near = [c.cost for c in grown if not accepted(c, own)]
-    assert best.cost < 1.05 * max([refused.cost, *near])
-    assert best.drop is not None
-    assert best.drop.value > 0.5
-
-
-def test_an_accepted_network_gives_nothing_back() -> None:
-    bench, own = FakeBench(), wishes()
-    fine = bench.measured(dataclasses.replace(bench.propose(None, 0.99 * bench.full_cost, "fine"), trained=10.0))
-    assert accepted(fine, own)
-    realized = len(bench.realized)
-    give_back(bench, own, lambda: 100.0, lambda c: c, [fine], Ladder.of(bench.full_cost, [], own.delta))
-    assert len(bench.realized) == realized
 
 
 @pytest.mark.parametrize("limit", [0.0, 3.0, 20.0, 100.0, 400.0])
@@ -357,8 +322,8 @@ def test_shares_of_the_time_limit_are_not_exceeded() -> None:
     bench = FakeBench()
     run(bench, wishes())
     seconds = [seconds for _, seconds, _ in bench.trainings]
-    assert seconds[0] == pytest.approx(0.15 * LIMIT)
-    assert sum(seconds) <= LIMIT
+    assert seconds[0] == pytest.approx(0.25 * LIMIT)
+    assert sum(seconds) <= 0.97 * LIMIT
     assert len(seconds) >= 3
 
 
@@ -366,9 +331,9 @@ def test_few_steps_are_not_divided_among_many_fine_tunes() -> None:
     bench = FakeBench(pace=0.5)
     run(bench, wishes())
     seconds = [seconds for name, seconds, _ in bench.trainings]
-    assert seconds[0] == pytest.approx(0.15 * LIMIT)
+    assert seconds[0] == pytest.approx(0.25 * LIMIT)
     assert seconds[1] >= 0.6 * LIMIT
-    assert len(seconds) <= 3
+    assert len(seconds) == 2
 
 
 def test_the_search_repeats_itself() -> None:
@@ -486,8 +451,8 @@ class TargetBench(FakeBench):
     def least_cost(self) -> float:
         return GOAL
 
-    def options(self, source: Candidate | None, cost: float = 0.0) -> tuple[Mapping[str, Sequence[Option]], float]:
-        plain, _ = super().options(source, cost)
+    def options(self, source: Candidate | None) -> tuple[Mapping[str, Sequence[Option]], float]:
+        plain, _ = super().options(source)
         return {
             name: [
                 dataclasses.replace(o, costs=self.costs(name, 41 if o.choice is None else o.choice.ranks[0]))
