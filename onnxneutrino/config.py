@@ -57,10 +57,31 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. `delta` is in the metric's own units; times are in seconds.
+    """One run.
 
-    `metric` is empty where none was asked for: then it is top1, or agreement for data without targets. `delta` is
-    None where none was given, see `largest_drop`. Hard targets are elements, multiply-accumulates, bytes and ms.
+    Attributes:
+        data: where the data is and how it becomes the model's input.
+        metric: a built-in metric, or `file.py:function`; empty for top1, or agreement for data without targets.
+        metric_base: directory that a relative file of `metric` starts from, as `base` for the data.
+        delta: the largest drop allowed, in the metric's own units; None where none was given, see `largest_drop`.
+        stage: 1 stops after exploration, 2 goes on to annealing.
+        objective: the cost to make small; without effect where there are hard targets.
+        max_params: hard target, elements of all float constants; None for none.
+        max_macs: hard target, multiply-accumulates at batch 1; None for none.
+        max_size: hard target, bytes on disk; None for none.
+        max_memory: hard target, bytes of constants and of live activations at batch 1; None for none.
+        max_latency: hard target, milliseconds at batch 1 on this machine; None for none.
+        time_limit: for everything, in seconds.
+        exclude: patterns of node names that stay as they are.
+        only: patterns of node names that alone are factorized; empty for all.
+        labels: train against labels and teacher; False for the teacher alone.
+        seed: of every random draw.
+        threads: that compute; 0 for the cores there are.
+        trainer: `ort` fine-tunes end to end, `reconstruct` block by block without labels, `none` not at all.
+        confidence: one-sided, that the drop of an accepted candidate is within delta.
+        dry_run: everything up to the first training step; there is no compressed model then.
+        input_shape: sizes by input name, which fix free dimensions.
+        clock: readings of time from a report, to repeat its run; None for a run of its own.
     """
 
     data: DataConfig = field(default_factory=DataConfig)

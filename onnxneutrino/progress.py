@@ -119,12 +119,10 @@ class Progress:
 
 def _training_lines(own: TrainingStatus) -> list[RenderableType]:
     """Bar, epoch and loss; then the metric and what it must reach."""
+    told = f"step {own.step} of {own.steps}, epoch {own.epoch:.1f}, loss {own.loss:.4f}"
+    bar = ProgressBar(total=max(own.steps, 1), completed=min(own.step, own.steps), width=BAR)
     row = Table.grid(padding=(0, 1))
-    row.add_row(
-        Text(" "),
-        ProgressBar(total=max(own.steps, 1), completed=min(own.step, own.steps), width=BAR),
-        Text(f"step {own.step} of {own.steps}, epoch {own.epoch:.1f}, loss {own.loss:.4f}", no_wrap=True),
-    )
+    row.add_row(Text(" "), bar, _cut(told, WIDTH - BAR - 3))
     lines: list[RenderableType] = [row]
     if own.metric is not None:
         needed = "" if own.floor is None else f", {format_metric(own.floor)} needed"
@@ -132,5 +130,5 @@ def _training_lines(own: TrainingStatus) -> list[RenderableType]:
     return lines
 
 
-def _cut(text: str) -> Text:
-    return Text(text if len(text) < WIDTH else f"{text[: WIDTH - 2]}…", no_wrap=True)
+def _cut(text: str, width: int = WIDTH) -> Text:
+    return Text(text if len(text) < width else f"{text[: width - 2]}…", no_wrap=True)

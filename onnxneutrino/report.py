@@ -49,7 +49,16 @@ class SixMetrics:
 
 @dataclass(frozen=True)
 class Enhancement:
-    """What was gained: `original / compressed` for each cost, the drop (positive: worse) for the metric."""
+    """What was gained: `original / compressed` for each cost, the drop (positive: worse) for the metric.
+
+    Attributes:
+        drop: of the metric, in its own units; None where it was not measured.
+        params: ratio of the elements of all float constants.
+        size_bytes: ratio of the bytes on disk.
+        macs: ratio of the multiply-accumulates.
+        memory_bytes: ratio of constants and the largest sum of live activations.
+        latency_ms: ratio of the wall times; NaN where they were not measured.
+    """
 
     drop: float | None
     params: float
@@ -61,7 +70,13 @@ class Enhancement:
 
 @dataclass(frozen=True)
 class Interval:
-    """A drop (positive: worse) and its 95 % interval, paired over the examples, in the metric's units."""
+    """A drop (positive: worse) and its 95 % interval, paired over the examples, in the metric's units.
+
+    Attributes:
+        value: the drop.
+        low: lower end of the interval.
+        high: upper end of the interval.
+    """
 
     value: float
     low: float
@@ -70,9 +85,19 @@ class Interval:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What became of one Conv, ConvTranspose, Gemm or MatMul; `form` is None where it stayed as it was.
+    """What became of one Conv, ConvTranspose, Gemm or MatMul.
 
-    `reason` says why a layer is frozen; a layer that could have been factorized but was not has none.
+    Attributes:
+        name: of the node.
+        op: its ONNX operator.
+        weight_shape: as the weight stands in the graph.
+        form: of the chain of factors; None where the layer stayed as it was.
+        ranks: `(r,)`, or `(r1, r2)` for `tucker2`; empty without a form.
+        params_before: elements of weight and bias.
+        params_after: elements of all factors and the bias.
+        macs_before: multiply-accumulates at batch 1.
+        macs_after: those of the chain.
+        reason: why it is frozen; None for a layer that is factorized, or could have been but was not.
     """
 
     name: str
@@ -91,8 +116,16 @@ class LayerRow:
 class CandidateRow:
     """One plan that was tried.
 
-    `cost` is in the units of the objective, with hard targets the largest share of one that is used; `accepted` is
-    None where the candidate was not judged.
+    Attributes:
+        name: how messages call it.
+        plan: form and ranks by the name of each factorized layer.
+        cost: in the units of the objective; with hard targets the largest share of one that is used.
+        metric: on the images that decide; None where it was not measured.
+        drop: there, positive when worse; None where it was not measured.
+        trained: whether it was fine-tuned.
+        seconds: wall time that it took.
+        accepted: whether the drop is within delta; None where the candidate was not judged.
+        note: what else there is to say; empty for nothing.
     """
 
     name: str
@@ -108,7 +141,12 @@ class CandidateRow:
 
 @dataclass(frozen=True)
 class SensitivityPoint:
-    """One layer factorized alone: the relative error of its output, and how far the network's outputs diverge."""
+    """One layer factorized alone: the relative error of its output, and how far the network's outputs diverge.
+
+    Attributes:
+        error: of the layer's output, relative.
+        divergence: of the network's outputs from the original's.
+    """
 
     error: float
     divergence: float
@@ -116,7 +154,12 @@ class SensitivityPoint:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How much the outputs suffer for one layer's error: measured points, by rising error."""
+    """How much the outputs suffer for one layer's error.
+
+    Attributes:
+        layer: its name.
+        points: measured, by rising error.
+    """
 
     layer: str
     points: tuple[SensitivityPoint, ...]
@@ -124,7 +167,13 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A fine-tune after `step` steps: mean loss since the point before, and the metric where it was looked at."""
+    """One point of a fine-tune's curve.
+
+    Attributes:
+        step: steps done.
+        loss: mean since the point before.
+        metric: where it was looked at there; None elsewhere.
+    """
 
     step: int
     loss: float
@@ -135,7 +184,14 @@ class CurvePoint:
 class Training:
     """One fine-tune, as it was fixed from the clock and can be repeated.
 
-    `floor` is what the metric of the curve's points must reach, delta below the original on the same images.
+    Attributes:
+        name: of the candidate.
+        steps: of the optimizer.
+        batch_size: examples of one step.
+        threads: that trained.
+        learning_rate: the largest of the schedule.
+        curve: loss and metric along the way.
+        floor: what the metric of the curve's points must reach, delta below the original on the same images.
     """
 
     name: str
@@ -149,7 +205,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often the original said one class where the compressed network said another, or the same."""
+    """How often the original said one class where the compressed network said another, or the same.
+
+    Attributes:
+        original: class that the original says.
+        compressed: class that the compressed network says.
+        count: examples where both is so.
+    """
 
     original: int
     compressed: int
@@ -185,8 +247,11 @@ class Agreement:
 class TrainedBlock:
     """Layers that are trained together.
 
-    `how` is `end to end` (the loss at the outputs) or `reconstruction` (the original's tensors `learns`); `ended_by`
-    names the operators without a right gradient that stand behind.
+    Attributes:
+        layers: their names.
+        how: `end to end` (the loss at the outputs) or `reconstruction` (of the original's tensors).
+        learns: the original's tensors that a reconstruction learns.
+        ended_by: operators without a right gradient that stand behind.
     """
 
     layers: tuple[str, ...]
@@ -197,7 +262,12 @@ class TrainedBlock:
 
 @dataclass(frozen=True)
 class DecidingImages:
-    """The images that decide whether a candidate is accepted: where they come from and how many they are."""
+    """The images that decide whether a candidate is accepted.
+
+    Attributes:
+        source: where they come from, in words.
+        count: how many they are.
+    """
 
     source: str
     count: int
@@ -205,9 +275,12 @@ class DecidingImages:
 
 @dataclass(frozen=True)
 class TargetRow:
-    """One hard target: `name` of the cost, its `limit`, and `least`, what the smallest plan would have of it.
+    """One hard target, in elements, multiply-accumulates, bytes or milliseconds.
 
-    In elements, multiply-accumulates, bytes or ms; `least` is estimated, None where the original meets all targets.
+    Attributes:
+        name: of the cost.
+        limit: the most that was allowed.
+        least: what the smallest plan would have, estimated; None where the original meets all targets.
     """
 
     name: str
@@ -227,19 +300,29 @@ class Report:
         stage1: after exploration; None where the run did not get there.
         stage2: after annealing; None for `--stage 1`.
         enhancement: original against the written model.
-        drop: on the whole test split, positive when worse; `drop_interval` the same with its interval.
+        drop: on the whole test split, positive when worse.
+        drop_interval: the same with its interval.
         drop_select: on the images that decide.
         drop_report: on the images that only report.
         delta: the largest drop allowed, in the metric's units; None where hard targets were given without one.
         objective: the cost that was to become smaller.
         compressed: whether the written model is smaller than the normalized original.
+        deciding: the images that decide.
+        targets: hard targets that were given.
+        layers: every Conv, ConvTranspose, Gemm and MatMul of the normalized graph.
+        normalization: what it changed, in words.
+        candidates: every plan that was tried, in turn.
+        training: every fine-tune, in turn.
+        blocks: layers that are trained together.
         seconds: wall time by phase.
+        seed: of every random draw.
         sensitivities: of every marked layer that was measured.
         agreement: of original and written model on test examples.
         command: that was given; empty from Python.
         settings: the options of the command, by name; JSON values, so lists and no tuples.
         versions: of Python and the libraries in use, by name.
         machine: system, processor and cores, in words.
+        warnings: what the user should know about the run.
         sha256: of the written model; its external data's name has their own digest in it.
         clock: every reading of time that decided something, in seconds (`--replay`).
     """

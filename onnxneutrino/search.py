@@ -38,8 +38,9 @@ SHARES: dict[int, tuple[float, ...]] = {
     2: (0.25, 0.25, 1.0),
 }  # of the time limit, for the fine-tunes of a stage; the last has what is left
 # With fewer steps, one long fine-tune is worth more than two, for each begins with large steps anew: VGG-like, 19.8x,
-# lost 1.22 after 960 steps and 1.14 after 1700 more; 13.9x lost 0.08 after 3100 at once.
-FEW_STEPS = 10_000
+# lost 1.22 after 960 steps and 1.14 after 1700 more; 13.9x lost 0.08 after 3100 at once. A smaller network gains
+# nothing beyond some 3000: biasfield, 3.0x, lost 0.71 then and 0.86 after 4000.
+FEW_STEPS = 5_000
 LEAST_SHARE = 0.03  # of the time limit: no fine-tune is shorter
 TRIM_SHARE = 0.03
 
@@ -79,11 +80,12 @@ def search(
     shares = shares if pace * FEW_STEPS <= time_left() else (shares[0], shares[-1])
     first_seconds = min(shares[0] * settings.time_limit, max(time_left(), 0.0))
     explore = first_cost(settings, like, ladder, pace, first_seconds)
+    expected = first_cost(settings, like, ladder, pace, max(time_left(), 0.0))
     explore = min(max(explore, plans[-1].cost), bench.full_cost / FINEST_RATIO)
     swap = time_left() > SWAP_SHARE * settings.time_limit
     first = bench.propose(None, explore, "stage 1, plan", PLAN_SHARE * time_left(), swap)
     fine_tune(bench, settings, first, first_seconds, time_left, record, FIRST, 1, ladder.drop(first.cost))
-    descend(bench, settings, shares[1:], time_left, record, tried, ladder)
+    descend(bench, settings, shares[1:], time_left, record, tried, ladder, expected)
     if any(candidate.trained and accepted(candidate, settings) for candidate in tried):
         trim(bench, settings, time_left, record, tried)
     else:
@@ -177,6 +179,7 @@ def descend(
     record: Record,
     tried: Sequence[Candidate],
     ladder: Ladder,
+    expected: float = 0.0,
 ) -> None:
     """Fine-tunes of falling cost, each from the one before; the last has all the time but what spending delta takes."""
     for index, share in enumerate(shares):
@@ -189,7 +192,7 @@ def descend(
         if seconds < LEAST_SHARE * settings.time_limit:
             return
         # What is not accepted now may be by all the training that is still to come.
-        cost, source = next_step(done, ladder, settings, most, 1.0 if last else PATIENCE)
+        cost, source = next_step(done, ladder, settings, most, 1.0 if last else PATIENCE, expected)
         cost = max(cost, settings.goal)
         name = f"stage {settings.stage}, {bench.full_cost / cost:.1f}x"
         if source is not None and cost >= source.cost:
@@ -206,13 +209,19 @@ def descend(
 
 
 def next_step(
-    done: Sequence[Candidate], ladder: Ladder, settings: Settings, seconds: float, patience: float = 1.0
+    done: Sequence[Candidate],
+    ladder: Ladder,
+    settings: Settings,
+    seconds: float,
+    patience: float = 1.0,
+    expected: float = 0.0,
 ) -> tuple[float, Candidate | None]:
     """Cost that should just be accepted after `seconds` more of training, and what to start from.
 
     Training leaves a share of the untrained drop, which the ladder knows for every cost: the share that the newest
     candidate shows, falling with the time trained to the power -0.4. Where that is too hopeful, for the share grows
-    with what is taken away, the secant through the last two candidates bounds the step. A refused candidate is trained
+    with what is taken away, the secant through the last two candidates bounds the step; where there is one alone, the
+    mean (of logarithms) with what other networks come to. A refused candidate is trained
     on where that would do at up to `patience` times its cost, for a larger one starts anew; that it was trained on
     once and refused again shows that time alone does not do. The start is a trained candidate of at least that cost
     (of that very cost: it is trained on), from which a step down is at most 2.5 times; or the original, where only a
@@ -224,6 +233,7 @@ def next_step(
         settings: delta and confidence.
         seconds: of training to come.
         patience: 1 where no further fine-tune would mend a refusal.
+        expected: the cost that other networks come to in all the time, see `first_cost`; 0 for none.
     """
     newest = done[-1]
     assert newest.drop is not None
@@ -235,7 +245,8 @@ def next_step(
             return math.inf
         trained = seconds + (0.0 if source is None else source.trained)
         kept = (newest.trained / max(trained, 1e-9)) ** RECOVERY
-        return max(ladder.cost(goal / (share * kept)), secant(drops_by_cost(done), goal / kept))
+        cost = max(ladder.cost(goal / (share * kept)), secant(drops_by_cost(done), goal / kept))
+        return math.sqrt(cost * expected) if len(done) == 1 and cost < expected else cost
 
     for source in sorted(done, key=lambda c: (c.cost, -c.trained)):
         cost = max(reachable(source), source.cost / LARGEST_STEP)

@@ -13,9 +13,7 @@ from rich.console import Console, RenderableType
 from onnxneutrino import console, formats
 from onnxneutrino.cost import NodeCost
 from onnxneutrino.errors import UsageError
-from onnxneutrino.events import Event
 from onnxneutrino.plan import Choice
-from onnxneutrino.progress import Progress
 from onnxneutrino.report import (
     CandidateRow,
     DecidingImages,
@@ -332,57 +330,6 @@ def test_profile_table_puts_a_chain_beside_the_layer_it_replaces() -> None:
     assert rows["#Params"] == ["3.25", "M", "163", "k", f"20.0{times}"]
     assert "relu" not in rows
     assert "Ratio" not in text_of(console.profile_table("top1", ORIGINAL, before))
-
-
-# --- progress -------------------------------------------------------------------------------------------
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_without_a_terminal_a_line_a_phase_and_one_in_ten_seconds() -> None:
-    file, clock = io.StringIO(), Clock()
-    with Progress(quiet=False, terminal=False, file=file, clock=clock) as progress:
-        for second in range(25):
-            clock.now = float(second)
-            progress(Event("fine-tune", f"step {second}", float(second), 25.0 - second))
-        progress(Event("verify", elapsed=25.0))
-        progress.message("done")
-    assert file.getvalue().splitlines() == [
-        "fine-tune: step 0 (0.0 s, about 25 s left)",
-        "fine-tune: step 10 (10 s, about 15 s left)",
-        "fine-tune: step 20 (20 s, about 5.0 s left)",
-        "verify (25 s)",
-        "done",
-    ]
-
-
-def test_quiet_writes_nothing() -> None:
-    file = io.StringIO()
-    for terminal in (False, True):
-        with Progress(quiet=True, terminal=terminal, file=file) as progress:
-            progress(Event("fine-tune", "step 1"))
-            progress.message("done")
-    assert file.getvalue() == ""
-
-
-def test_on_a_terminal_one_short_line_that_goes_away(capsys: pytest.CaptureFixture[str]) -> None:
-    file = io.StringIO()
-    with Progress(quiet=False, terminal=True, file=file, clock=Clock()) as progress:
-        progress(Event("fine-tune", "x" * 200, 5.0, 90.0))
-        progress.message("original top1 85.47")
-        print("{}")
-    shown = file.getvalue()
-    assert "original top1 85.47" in shown
-    assert "(5.0 s, about 1 min 30 s left)" in shown
-    assert "x" * 80 not in shown
-    assert shown.endswith("\x1b[2K")
-    assert capsys.readouterr().out == "{}\n"
 
 
 def test_summary_says_what_learned_by_reconstruction() -> None:

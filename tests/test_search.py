@@ -410,6 +410,18 @@ def test_next_step_scales_the_ladder_by_what_training_left() -> None:
     assert source is not None
 
 
+def test_one_candidate_alone_is_trusted_half_as_far_as_other_networks() -> None:
+    alone, two = [candidate(400, 0.8, 0.0)], [candidate(450, 0.7, 0.0), candidate(400, 0.8, 0.0)]
+    for done, meets in ((alone, True), (two, False)):
+        hopeful, _ = next_step(done, doubling(), wishes(delta=2.0), 1e-9)
+        cost, _ = next_step(done, doubling(), wishes(delta=2.0), 1e-9, 1.0, 380.0)
+        assert hopeful < 380
+        assert cost == pytest.approx(math.sqrt(hopeful * 380) if meets else hopeful)
+    # Where the candidate promises less than others, it is believed.
+    hopeful, _ = next_step(alone, doubling(), wishes(delta=2.0), 1e-9)
+    assert next_step(alone, doubling(), wishes(delta=2.0), 1e-9, 1.0, 100.0)[0] == pytest.approx(hopeful)
+
+
 def test_next_step_trains_a_refused_candidate_on_where_time_should_do() -> None:
     refused = candidate(400, 2.1, 0.0, trained=10.0)
     # What is left of the drop falls by (10 / 30)^0.3 = 0.72, which is enough for AIM · 2 ...
