@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +31,7 @@ from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Choice, Layer
 from onnxneutrino.probe import divergence, probe_batches
 from onnxneutrino.runtime import Runner
+from onnxneutrino.sensitivity import Curve
 from onnxneutrino.task import Network, Task, build
 from onnxneutrino.tuning import Tuner, metric_rows
 
@@ -121,6 +123,9 @@ class PlainTuner(Tuner):
 
 class Baseline:
     """The search's `Bench` with a method of its own, trained and measured as ours; nothing is calibrated."""
+
+    calibration_images = 0
+    known_sensitivities: Mapping[str, Curve] = MappingProxyType({})
 
     def __init__(self, task: Task, tell: Tell, methods: Callable[[Task], Sequence[Method]]) -> None:
         learned = task.loss if task.training is None else task.training.loss

@@ -68,7 +68,7 @@ def built(own: Task, network: Network, batched: bool = False) -> ModelProto:
 def in_place(path: Path) -> Iterator[None]:
     """Pruning in the place of the workbench while a file is compressed."""
 
-    def made(own: Task, seconds: float, tell: Tell) -> Pruning:
+    def made(own: Task, seconds: float, tell: Tell, watch: object) -> Pruning:
         return Pruning(own, tell, load(path).model)
 
     def untested(own: Task, config: Any, notes: list[str]) -> Task:

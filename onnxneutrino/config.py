@@ -57,31 +57,31 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run.
+    """One run; what was not given and has no value of its own is None.
 
     Attributes:
         data: where the data is and how it becomes the model's input.
         metric: a built-in metric, or `file.py:function`; empty for top1, or agreement for data without targets.
         metric_base: directory that a relative file of `metric` starts from, as `base` for the data.
-        delta: the largest drop allowed, in the metric's own units; None where none was given, see `largest_drop`.
+        delta: the largest drop allowed, in the metric's own units; `largest_drop` is what holds without one.
         stage: 1 stops after exploration, 2 goes on to annealing.
         objective: the cost to make small; without effect where there are hard targets.
-        max_params: hard target, elements of all float constants; None for none.
-        max_macs: hard target, multiply-accumulates at batch 1; None for none.
-        max_size: hard target, bytes on disk; None for none.
-        max_memory: hard target, bytes of constants and of live activations at batch 1; None for none.
-        max_latency: hard target, milliseconds at batch 1 on this machine; None for none.
+        max_params: hard target, elements of all float constants.
+        max_macs: hard target, multiply-accumulates at batch 1.
+        max_size: hard target, bytes on disk.
+        max_memory: hard target, bytes of constants and of live activations at batch 1.
+        max_latency: hard target, milliseconds at batch 1 on this machine.
         time_limit: for everything, in seconds.
         exclude: patterns of node names that stay as they are.
         only: patterns of node names that alone are factorized; empty for all.
-        labels: train against labels and teacher; False for the teacher alone.
+        labels: train against labels and teacher, not against the teacher alone.
         seed: of every random draw.
-        threads: that compute; 0 for the cores there are.
+        threads: how many compute; 0 for the cores there are.
         trainer: `ort` fine-tunes end to end, `reconstruct` block by block without labels, `none` not at all.
         confidence: one-sided, that the drop of an accepted candidate is within delta.
         dry_run: everything up to the first training step; there is no compressed model then.
-        input_shape: sizes by input name, which fix free dimensions.
-        clock: readings of time from a report, to repeat its run; None for a run of its own.
+        input_shape: sizes by input name, such as `{ x = [1, 3, 64, 64] }`, which fix free dimensions.
+        clock: readings of time from a report, to repeat its run; None for a new run.
     """
 
     data: DataConfig = field(default_factory=DataConfig)

@@ -123,7 +123,7 @@ class CandidateRow:
         metric: on the images that decide; None where it was not measured.
         drop: there, positive when worse; None where it was not measured.
         trained: whether it was fine-tuned.
-        seconds: wall time that it took.
+        seconds: wall time that it took to make, train and measure.
         accepted: whether the drop is within delta; None where the candidate was not judged.
         note: what else there is to say; empty for nothing.
     """
@@ -141,12 +141,7 @@ class CandidateRow:
 
 @dataclass(frozen=True)
 class SensitivityPoint:
-    """One layer factorized alone: the relative error of its output, and how far the network's outputs diverge.
-
-    Attributes:
-        error: of the layer's output, relative.
-        divergence: of the network's outputs from the original's.
-    """
+    """One layer factorized alone: the relative error of its output, and how far the network's outputs diverge."""
 
     error: float
     divergence: float
@@ -185,11 +180,11 @@ class Training:
     """One fine-tune, as it was fixed from the clock and can be repeated.
 
     Attributes:
-        name: of the candidate.
+        name: of the candidate that was trained.
         steps: of the optimizer.
         batch_size: examples of one step.
-        threads: that trained.
-        learning_rate: the largest of the schedule.
+        threads: how many computed.
+        learning_rate: peak of AdamW's.
         curve: loss and metric along the way.
         floor: what the metric of the curve's points must reach, delta below the original on the same images.
     """
@@ -205,13 +200,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often the original said one class where the compressed network said another, or the same.
-
-    Attributes:
-        original: class that the original says.
-        compressed: class that the compressed network says.
-        count: examples where both is so.
-    """
+    """How often the original said one class where the compressed network said another, or the same."""
 
     original: int
     compressed: int
@@ -262,12 +251,7 @@ class TrainedBlock:
 
 @dataclass(frozen=True)
 class DecidingImages:
-    """The images that decide whether a candidate is accepted.
-
-    Attributes:
-        source: where they come from, in words.
-        count: how many they are.
-    """
+    """The images that decide whether a candidate is accepted: where they come from and how many they are."""
 
     source: str
     count: int
@@ -278,7 +262,7 @@ class TargetRow:
     """One hard target, in elements, multiply-accumulates, bytes or milliseconds.
 
     Attributes:
-        name: of the cost.
+        name: of the cost, as in `objective`.
         limit: the most that was allowed.
         least: what the smallest plan would have, estimated; None where the original meets all targets.
     """

@@ -44,6 +44,8 @@ def _limits(report: Report) -> tuple[str, str]:
     """What kept the network from becoming smaller, and what to do about it: the most telling reason."""
     if report.targets and not report.missed():
         return "Hard targets: they are met, and the least drop was looked for.", "Lower targets give a smaller model."
+    if any(row.least is not None and row.least > row.limit for row in report.missed()):
+        return "Hard targets: not even the smallest plan meets them.", "Larger targets; `analyze` says what is frozen."
     longer = f"--time-limit {_twice(report.settings.get('time_limit'))}"
     if report.settings.get("trainer") == "none":
         return "Nothing was trained (--trainer none).", "The same without --trainer none: training brings most of it."
@@ -63,7 +65,7 @@ def _limits(report: Report) -> tuple[str, str]:
             "`onnxneutrino analyze` says why each is frozen; --exclude and --only leave layers alone.",
         )
     refused = _next_refused(report)
-    if refused is not None:
+    if refused is not None and report.delta is not None:
         whole = getattr(report.original, COST_FIELDS[report.objective])
         size = "" if report.targets else f", {format_ratio(ratio(whole, refused.cost))} smaller,"
         return (

@@ -25,7 +25,7 @@ from onnxneutrino.report import COST_FIELDS, Report, SixMetrics
 from onnxneutrino.runtime import Runner, random_inputs
 from onnxneutrino.shapes import fixed_shapes
 
-COMMANDS = ("compress", "analyze", "profile", "evaluate")
+COMMANDS = tuple(main.commands)
 COUNT = 64
 # Section 2 of the design, in its order.
 # fmt: off

@@ -82,6 +82,11 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "refused": ({"candidates": REFUSED}, f"37.5{TIMES} smaller, lost 1.40.", "a larger --delta accepts them"),
     "few images": ({"drop_select": Interval(0.1, -3.0, 3.2)}, "The 5000 deciding images", "x_val"),
     "frozen": ({"layers": (layer(100), layer(900, "depthwise"))}, "90.0 % of what is left", "analyze"),
+    "targets out of reach": (
+        {"targets": (TargetRow("params", 5e4, 6e4),), "delta": None},
+        "not even the smallest plan",
+        "Larger targets",
+    ),
     "targets": ({"targets": (TargetRow("macs", 1e7, None),)}, "Hard targets: they are met", "Lower targets"),
 }
 
