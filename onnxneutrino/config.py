@@ -63,7 +63,7 @@ class Config:
         data: where the data is and how it becomes the model's input.
         metric: a built-in metric, or `file.py:function`; empty for top1, or agreement for data without targets.
         metric_base: directory that a relative file of `metric` starts from, as `base` for the data.
-        delta: the largest drop allowed, in the metric's own units; `largest_drop` is what holds without one.
+        delta: the largest drop allowed, in the metric's own units.
         stage: 1 stops after exploration, 2 goes on to annealing.
         objective: the cost to make small; without effect where there are hard targets.
         max_params: hard target, elements of all float constants.

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 
 POWER = 1.3
-HALF_STEPS = 1100
+HALF_STEPS = 1500
 LARGEST_LOG = 50.0
 
 
