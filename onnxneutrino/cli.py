@@ -24,6 +24,7 @@ from onnxneutrino.errors import NeutrinoError, OutputError, UsageError
 if TYPE_CHECKING:
     from onnxneutrino.report import Report
 
+FILE = click.Path(path_type=Path)
 PIPE_WIDTH = 240
 ERROR_TEXT = 240
 LIMIT_MISSED = 3  # exit code: a hard target could not be met within delta (the best model is written), or --max-drop
@@ -80,8 +81,8 @@ def data_options(command: Command) -> Command:
     options = [
         click.option("--data", metavar="PATH", help=".npz, folder, file.py:function, or random."),
         click.option("--metric", metavar="NAME", help="top1 top5 f1 miou psnr mse agreement, or file.py:function."),
-        click.option("--layout", type=click.Choice(LAYOUTS), help="Layout of the model's input."),
-        click.option("--scale", type=float, help="Factor on the raw values."),
+        click.option("--layout", type=click.Choice(LAYOUTS), help="Layout of the model's input; default NCHW."),
+        click.option("--scale", type=float, help="Factor on the raw values; default 1."),
         click.option("--mean", type=Numbers(), help="Per channel, subtracted after scale."),
         click.option("--std", type=Numbers(), help="Per channel, divides after mean."),
         click.option("--augment", type=click.Choice(AUGMENTATIONS), multiple=True, help="Training only; repeatable."),
@@ -95,7 +96,9 @@ def data_options(command: Command) -> Command:
 def common_options(command: Command) -> Command:
     """Options of every command."""
     options = [
-        click.option("--input-shape", type=Shape(), multiple=True, help="Fix free dimensions; repeatable."),
+        click.option(
+            "--input-shape", type=Shape(), multiple=True, help="Fix free dimensions: x=1x3x64x64; repeatable."
+        ),
         click.option("--threads", type=click.IntRange(min=1), help="Default: the cores there are."),
         click.option("--seed", type=click.IntRange(min=0), help="Of every random draw; default 0."),
         click.option(
@@ -116,8 +119,8 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("source", metavar="IN.ONNX", type=click.Path(path_type=Path))
-@click.argument("target", metavar="OUT.ONNX", type=click.Path(path_type=Path))
+@click.argument("source", metavar="IN.ONNX", type=FILE, help="The model; IN.toml beside it describes the data.")
+@click.argument("target", metavar="OUT.ONNX", type=FILE, help="The smaller model; OUT.report.* go beside it.")
 @click.option("--delta", type=float, help="Largest drop, in the metric's units; default 1, any with a --max option.")
 @click.option("--stage", type=click.IntRange(1, 2), help="Stop after stage 1, or go through both; default 2.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), help="What to make small; default params.")
@@ -127,8 +130,8 @@ def main() -> None:
 @click.option("--max-memory", metavar="BYTES", help="Hard target, such as 1MB, weights and activations.")
 @click.option("--max-latency", metavar="TIME", help="Hard target, such as 2ms, on this machine.")
 @click.option("--time-limit", type=Duration(), help="For everything, such as 15m; default 30m.")
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these nodes alone; repeatable.")
-@click.option("--only", multiple=True, metavar="PATTERN", help="Factorize these nodes only; repeatable.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave nodes such as conv* alone; repeatable.")
+@click.option("--only", multiple=True, metavar="PATTERN", help="Factorize nodes such as conv* only; repeatable.")
 @click.option("--labels/--no-labels", default=None, help="Train against labels and teacher, or teacher alone.")
 @click.option(
     "--trainer",
@@ -137,9 +140,14 @@ def main() -> None:
 )
 @click.option("--confidence", type=float, help="One-sided, that a drop is within delta; default 0.8.")
 @click.option("--dry-run", is_flag=True, default=None, help="Everything up to the first training step; writes nothing.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--quiet", is_flag=True, help="No progress on standard error.")
 @click.option("--verbose", is_flag=True, help="More lines: what was normalized, frozen, trained.")
-@click.option("--replay", metavar="REPORT", type=click.Path(path_type=Path), help="Repeat this run bit for bit.")
+@click.option(
+    "--replay",
+    metavar="REPORT",
+    type=click.Path(path_type=Path),
+    help="Repeat the run of this report bit for bit.",
+)
 @data_options
 @common_options
 def compress(
@@ -152,7 +160,7 @@ def compress(
     debug: bool,
     **options: Any,
 ) -> None:
-    """Write a smaller OUT.ONNX and OUT.report.json. IN.toml beside IN.ONNX describes the data."""
+    """Write a smaller OUT.ONNX, OUT.report.json and OUT.report.html. IN.toml beside IN.ONNX describes the data."""
 
     def work() -> None:
         from onnxneutrino import console, delivery
@@ -180,9 +188,9 @@ def compress(
 
 
 @main.command()
-@click.argument("source", metavar="IN.ONNX", type=click.Path(path_type=Path))
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these nodes alone; repeatable.")
-@click.option("--only", multiple=True, metavar="PATTERN", help="Factorize these nodes only; repeatable.")
+@click.argument("source", metavar="IN.ONNX", type=FILE, help="The model; IN.toml beside it describes the data.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave nodes such as conv* alone; repeatable.")
+@click.option("--only", multiple=True, metavar="PATTERN", help="Factorize nodes such as conv* only; repeatable.")
 @data_options
 @common_options
 def analyze(source: Path, json_file: str | None, debug: bool, **options: Any) -> None:
@@ -200,8 +208,8 @@ def analyze(source: Path, json_file: str | None, debug: bool, **options: Any) ->
 
 
 @main.command()
-@click.argument("source", metavar="IN.ONNX", type=click.Path(path_type=Path))
-@click.option("--compare", metavar="OTHER.ONNX", type=click.Path(path_type=Path), help="Show this model beside it.")
+@click.argument("source", metavar="IN.ONNX", type=FILE, help="The model; IN.toml beside it describes the data.")
+@click.option("--compare", metavar="OTHER.ONNX", type=FILE, help="Show this model beside it.")
 @data_options
 @common_options
 def profile(source: Path, compare: Path | None, json_file: str | None, debug: bool, **options: Any) -> None:
@@ -228,8 +236,8 @@ def profile(source: Path, compare: Path | None, json_file: str | None, debug: bo
 
 
 @main.command()
-@click.argument("source", metavar="ORIGINAL.ONNX", type=click.Path(path_type=Path))
-@click.argument("other", metavar="OTHER.ONNX", type=click.Path(path_type=Path))
+@click.argument("source", metavar="ORIGINAL.ONNX", type=FILE, help="The model as it was.")
+@click.argument("other", metavar="OTHER.ONNX", type=FILE, help="The model to compare with it.")
 @click.option("--max-drop", type=float, metavar="DROP", help="Exit with code 3 where the metric drops by more.")
 @data_options
 @common_options
@@ -259,7 +267,7 @@ def compare(
 
 
 @main.command()
-@click.argument("source", metavar="IN.ONNX", type=click.Path(path_type=Path))
+@click.argument("source", metavar="IN.ONNX", type=FILE, help="The model; IN.toml beside it describes the data.")
 @data_options
 @common_options
 def evaluate(source: Path, json_file: str | None, debug: bool, **options: Any) -> None:

@@ -47,12 +47,19 @@ VERIFY_SECONDS = 5.0
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The compressed model (None after a dry run), the report, and the inputs' shapes at batch 1 during the run."""
+    """What a run ended with.
+
+    Attributes:
+        model: the compressed network; None after a dry run.
+        report: what the run found; its `to_json` is `report.json`.
+        shapes: of the inputs at batch 1 during the run.
+        network: of a large model, whose tensors lie in files that go with it.
+    """
 
     model: ModelProto | None
     report: Report
     shapes: Mapping[str, tuple[int, ...]]
-    network: Network | None = None  # large tensors of the model lie in files that go with it
+    network: Network | None = None
 
 
 def compress(

@@ -129,7 +129,12 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Choice:
-    """Form and ranks of one layer: `(r,)`, or `(r1, r2)` for `tucker2`."""
+    """What a layer becomes.
+
+    Attributes:
+        form: of the chain.
+        ranks: `(r,)`, or `(r1, r2)` for `tucker2`.
+    """
 
     form: Form
     ranks: tuple[int, ...]

@@ -132,7 +132,7 @@ def compressed(*arguments: str, model: str = "in.onnx", more: int = 0) -> Report
     done("compress", model, "out.onnx", "--delta", "20", "--quiet", *given)
     new = names() - before
     data = {name for name in new if re.fullmatch(r"out\.onnx\.[0-9a-f]{16}\.data", name)}
-    assert new - data == {"out.onnx", "out.report.json"}
+    assert new - data == {"out.onnx", "out.report.json", "out.report.html"}
     assert len(data) == more
     text = Path("out.report.json").read_text(encoding="utf-8")
     assert set(json.loads(text)) == {field.name for field in dataclasses.fields(Report)} >= REPORT_FIELDS
@@ -187,9 +187,12 @@ def test_bare_command(capfd: pytest.CaptureFixture[str]) -> None:
     done("compress", "in.onnx", "out.onnx")
     shown = capfd.readouterr()
     assert [line.split()[0] for line in shown.out.splitlines()[1:5]] == ["Original", "Stage", "Stage", "Enh."]
-    assert shown.out.endswith("Wrote out.onnx and out.report.json.\n")
+    assert shown.out.endswith("Wrote out.onnx, out.report.json and out.report.html.\n")
     assert "in.onnx: top1 100.00 on 64 test examples" in shown.err
-    assert names() == {"in.onnx", "in.toml", "data.npz", "bare.npz", "out.onnx", "out.report.json"}
+    assert names() == {"in.onnx", "in.toml", "data.npz", "bare.npz", "out.onnx", "out.report.json", "out.report.html"}
+    page = Path("out.report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    assert "in.onnx" in page
 
 
 @pytest.mark.parametrize("objective", ["params", "macs", "size", "memory"])
@@ -302,8 +305,8 @@ def test_same_seed_same_bytes() -> None:
     for seed in ("3", "3"):
         compressed("--data", "data.npz", "--seed", seed)
         written.append(Path("out.onnx").read_bytes())
-        Path("out.onnx").unlink()
-        Path("out.report.json").unlink()
+        for name in ("out.onnx", "out.report.json", "out.report.html"):
+            Path(name).unlink()
     assert written[0] == written[1]
 
 
@@ -318,7 +321,8 @@ def test_external_data_in_and_out() -> None:
 
     # A model renamed since keeps its data, what the next one writes beside it or not.
     Path("out.onnx").rename("kept.onnx")
-    Path("out.report.json").unlink()
+    for name in ("out.report.json", "out.report.html"):
+        Path(name).unlink()
     compressed("--data", "data.npz", "--layout", "NHWC", model="ext.onnx")
     assert any(
         np.array_equal(numpy_helper.to_array(own), ARRAYS["w3"]) for own in onnx.load("kept.onnx").graph.initializer

@@ -125,7 +125,7 @@ def test_bare_command_compresses_it(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "onnxneutrino", "compress", str(MODEL), "out.onnx", "--delta", "1"]
     done = subprocess.run([*command, "--time-limit", "20s"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"out.onnx", "out.report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out.onnx", "out.report.json", "out.report.html"}
     assert {path: path.read_bytes() for path in FIXTURES.iterdir() if path.is_file()} == before
 
     target = tmp_path / "out.onnx"
