@@ -278,6 +278,8 @@ def evaluate(source: Path, json_file: str | None, debug: bool, **options: Any) -
 
         with messages():
             found = inspection.evaluate(source, configured(source, options))
+        for warning in found.warnings:
+            click.echo(f"onnxneutrino: {warning}", err=True)
         if json_file != "-":
             click.echo(f"{found.metric} {formats.format_metric(found.value)} on {found.examples} test examples")
         emit(json_file, as_json(dataclasses.asdict(found)))
@@ -326,8 +328,15 @@ def show(renderable: Any, json_file: str | None) -> None:
     """Print a table, unless standard output carries JSON; not on a terminal it is never cut or wrapped."""
     from rich.console import Console
 
-    if json_file != "-":
-        Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH).print(renderable)
+    if json_file == "-":
+        return
+    if sys.stdout.isatty():
+        Console(highlight=False).print(renderable)
+        return
+    console = Console(highlight=False, width=PIPE_WIDTH)
+    with console.capture() as shown:
+        console.print(renderable)
+    click.echo("\n".join(line.rstrip() for line in shown.get().splitlines()))
 
 
 def emit(json_file: str | None, text: str) -> None:

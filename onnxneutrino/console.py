@@ -222,7 +222,7 @@ def comparison_table(
     lines = [Text(f"Drop on {examples} test examples: {format_interval(drop)}.")]
     if alike is not None:
         what = "same class" if alike.classes else "agreement of the outputs"
-        lines.append(Text(f"On the first {alike.examples}: {what} {alike.value:.2f} %."))
+        lines.append(Text(f"On {alike.examples} of them: {what} {alike.value:.2f} %."))
     return Group(table, *lines)
 
 

@@ -94,7 +94,9 @@ def _splits(
     config: DataConfig, inputs: Sequence[InputSpec], seed: int, classes: int | None, examples: int
 ) -> tuple[Mapping[str, Split | None], tuple[str, ...]]:
     if not config.path:
-        raise DataError("no data is given; describe it in the TOML file beside the model (in.toml) or with --data")
+        raise DataError(
+            "no data is given; describe it in the TOML file beside the model (in.toml for in.onnx) or with --data"
+        )
     if not inputs:
         raise DataError("the model has no inputs to feed; every value it needs is in the file")
     if config.path == "random":

@@ -54,11 +54,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A metric's value on the test split, in its own units, and the number of examples."""
+    """A metric's value on the test split, in its own units, the number of examples, and what the data warns of."""
 
     metric: str
     value: float
     examples: int
+    warnings: tuple[str, ...] = ()
 
 
 def analyze(path: Path, config: Config) -> list[AnalyzedLayer]:
@@ -170,12 +171,12 @@ def compare(original: Path, other: Path, config: Config) -> Comparison:
 
 
 def evaluate(path: Path, config: Config) -> Evaluation:
-    """The metric on the test split.
+    """The metric on the test split; of a quantized model, too.
 
     Raises:
         NeutrinoError: see `errors`.
     """
-    return _measured(prepare.open_model(load(path).model, path.name, config), config)
+    return _measured(prepare.open_model(load(path, quantized=True).model, path.name, config), config)
 
 
 def sensitivities(marked: Marked, train: Split, config: Config) -> dict[str, float]:
@@ -217,4 +218,4 @@ def _measured(opened: prepare.Opened, config: Config) -> Evaluation:
     batched, freed = prepare.free(opened.model, prepare.first_examples(dataset.test, 3), config.threads)
     batch = prepare.evaluation_batch(opened) if freed else 1
     rows = prepare.evaluate(batched, dataset.test, metric, batch, config.threads, batched)
-    return Evaluation(metric.name, metrics.value(metric, rows), len(rows))
+    return Evaluation(metric.name, metrics.value(metric, rows), len(rows), tuple(dataset.warnings))

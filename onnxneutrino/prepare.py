@@ -289,6 +289,8 @@ def _open(opened: Opened, metric: metrics.Metric, config: Config) -> Dataset:
 
 def check_targets(dataset: Dataset, metric: metrics.Metric, config: Config) -> None:
     """Refuse a test split without the targets that the metric needs."""
+    if metric.needs_targets and config.data.path == "random":
+        raise DataError(f"random inputs have no targets for {metric.name}; use --metric agreement or mse")
     if metric.needs_targets and not dataset.test.labelled:
         raise DataError(
             f"{config.data.path}: the test split has no targets for {metric.name}; add y_test, or use "

@@ -110,8 +110,9 @@ class Progress:
             left = max(event.time_left - (self._clock() - self._seen), 0.0)
             times += f", about {format_seconds(left)} left"
         own = event.training
-        detail = f"{event.detail}, step {own.step} of {own.steps}" if training and own is not None else event.detail
-        start = ": ".join(part for part in (event.phase, detail) if part)
+        start = ": ".join(part for part in (event.phase, event.detail) if part)
+        if training and own is not None:
+            start = f"{event.detail}, step {own.step} of {own.steps}"
         room = WIDTH - 1 - len(times) - 3
         start = start if len(start) <= room else f"{start[: room - 1]}…"
         return Text(f"{start} ({times})" if start else "", no_wrap=True, overflow="ellipsis")

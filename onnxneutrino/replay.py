@@ -9,6 +9,7 @@ from typing import Any
 from onnxneutrino.config import Config, load_config
 from onnxneutrino.errors import OutputError, UsageError
 from onnxneutrino.report import Report
+from onnxneutrino.summary import versions
 
 
 def repeated(model_path: Path | None, report: Report, given: Mapping[str, Any]) -> Config:
@@ -24,6 +25,10 @@ def repeated(model_path: Path | None, report: Report, given: Mapping[str, Any]) 
     """
     if not report.clock:
         raise UsageError(f"the report of {report.model} holds no readings of time; it cannot be replayed")
+    now = versions()
+    other = [f"{name} {was} (now {now[name]})" for name, was in report.versions.items() if now.get(name, was) != was]
+    if other:
+        raise UsageError(f"the report of {report.model} was made with {', '.join(other)}; other versions end elsewhere")
     settings = dict(report.settings)
     data = dict(settings.pop("data", {}))
     options = {**settings, **data, "data": data.get("path")}
@@ -43,6 +48,4 @@ def check_repeated(before: Report, after: Report, target: Path) -> None:
         OutputError: gives what differs most likely.
     """
     if before.sha256 and before.sha256 != after.sha256:
-        other = [name for name, own in after.versions.items() if before.versions.get(name) != own]
-        why = f"versions differ ({', '.join(other)})" if other else "another processor, model or data"
-        raise OutputError(f"{target}: is not the model of the report: {why}")
+        raise OutputError(f"{target}: is not the model of the report: another processor, model or data")

@@ -251,7 +251,9 @@ def next_step(
         trained = seconds + (0.0 if source is None else source.trained)
         kept = (newest.trained / max(trained, 1e-9)) ** RECOVERY
         cost = max(ladder.cost(goal / (share * kept)), secant(drops_by_cost(done), goal / kept))
-        return math.sqrt(cost * expected) if len(done) == 1 and cost < expected else cost
+        if len(done) > 1 or cost >= expected:
+            return cost
+        return math.sqrt(max(cost, newest.cost / LARGEST_STEP) * expected)
 
     for source in sorted(done, key=lambda c: (c.cost, -c.trained)):
         cost = max(reachable(source), source.cost / LARGEST_STEP)

@@ -56,10 +56,14 @@ class Source:
     path: Path | None
 
 
-def load(path: Path) -> Source:
+def load(path: Path, quantized: bool = False) -> Source:
     """Load a model with all its weights; its nodes get unique names, local functions are inlined.
 
     The large weights of a large model with external data stay in their file; see `weights`.
+
+    Args:
+        path: of the ONNX file.
+        quantized: take a model that runs in integers, too: it can be run, and not compressed.
 
     Raises:
         ModelError: the file is missing, unreadable or not ONNX, its external data is missing, or its opset,
@@ -67,14 +71,14 @@ def load(path: Path) -> Source:
     """
     path = Path(path)
     model = _parse(path)
-    _check_supported(model, path)
+    _check_supported(model, path, quantized)
     external = _load_external(model, path)
     if model.functions:
         try:
             model = onnx.inliner.inline_local_functions(model)
         except Exception as error:
             raise ModelError(f"{path}: its local functions cannot be inlined: {_first_line(error)}") from error
-        _check_supported(model, path)
+        _check_supported(model, path, quantized)
     name_nodes(model.graph)
     return Source(model, external, path)
 
@@ -102,7 +106,7 @@ def _parse(path: Path) -> ModelProto:
     return model
 
 
-def _check_supported(model: ModelProto, path: Path) -> None:
+def _check_supported(model: ModelProto, path: Path, quantized: bool) -> None:
     low, high = OPSETS
     if model.ir_version > onnx.IR_VERSION:
         raise ModelError(
@@ -134,7 +138,7 @@ def _check_supported(model: ModelProto, path: Path) -> None:
             )
         # Stored weights are folded; what runs in integers cannot be factorized.
         stored = node.op_type == "DequantizeLinear" and constants.issuperset(node.input)
-        if QUANTIZED.fullmatch(node.op_type) and not stored:
+        if QUANTIZED.fullmatch(node.op_type) and not stored and not quantized:
             raise ModelError(
                 f"{path}: already quantized ({where} is {node.op_type}); "
                 "compress the float model first and quantize the result"

@@ -6,7 +6,7 @@ import math
 from statistics import NormalDist
 from typing import NamedTuple
 
-from onnxneutrino.formats import format_metric, format_percent, format_ratio, format_seconds
+from onnxneutrino.formats import format_metric, format_percent, format_ratio
 from onnxneutrino.report import COST_FIELDS, CandidateRow, Report, ratio
 
 UNCERTAIN = 0.5  # of delta, that the uncertainty of the drop alone takes
@@ -46,11 +46,12 @@ def _limits(report: Report) -> tuple[str, str]:
         return "Hard targets: they are met, and the least drop was looked for.", "Lower targets give a smaller model."
     if any(row.least is not None and row.least > row.limit for row in report.missed()):
         return "Hard targets: not even the smallest plan meets them.", "Larger targets; `analyze` says what is frozen."
-    longer = f"--time-limit {_twice(report.settings.get('time_limit'))}"
+    limit = report.settings.get("time_limit")
+    longer = f"More time: --time-limit {_minutes(limit)}"
     if report.settings.get("trainer") == "none":
         return "Nothing was trained (--trainer none).", "The same without --trainer none: training brings most of it."
     if not report.training:
-        return "Time: no network was trained.", f"A longer {longer}."
+        return "Time: no network was trained.", f"{longer}."
     uncertainty, count = _uncertainty(report), report.deciding.count if report.deciding else 0
     if report.delta and uncertainty > UNCERTAIN * report.delta:
         return (
@@ -70,9 +71,9 @@ def _limits(report: Report) -> tuple[str, str]:
         size = "" if report.targets else f", {format_ratio(ratio(whole, refused.cost))} smaller,"
         return (
             f"Delta: the next network tried{size} lost {format_metric(refused.drop)}.",
-            f"A longer {longer} trains such networks further; a larger --delta accepts them.",
+            f"{longer}. Or a larger --delta.",
         )
-    return "Time: the smallest network that was trained was accepted.", f"A longer {longer} goes further down."
+    return "Time: the smallest network that was trained was accepted.", f"{longer}."
 
 
 def _uncertainty(report: Report) -> float:
@@ -91,6 +92,6 @@ def _next_refused(report: Report) -> CandidateRow | None:
     return max(refused, key=lambda row: row.cost, default=None)
 
 
-def _twice(limit: object) -> str:
-    seconds = 2 * float(limit) if isinstance(limit, (int, float)) else 3600.0
-    return f"{seconds / 60:.0f}m" if seconds >= 60 else format_seconds(seconds).replace(" ", "")
+def _minutes(limit: object) -> str:
+    """Twice the limit in whole minutes; an hour where it is not known."""
+    return f"{max(math.ceil(2 * limit / 60), 1)}m" if isinstance(limit, (int, float)) else "60m"

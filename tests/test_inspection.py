@@ -151,7 +151,7 @@ def test_evaluate_command(config: Config, capfd: pytest.CaptureFixture[str]) -> 
 def test_json_to_standard_output(config: Config, capfd: pytest.CaptureFixture[str], command: str) -> None:
     found = json.loads(shown(capfd, command, "in.onnx", "--data", "data.npz", "--json", "-"))
     if command == "evaluate":
-        assert found == {"metric": "top1", "value": pytest.approx(80), "examples": 20}
+        assert found == {"metric": "top1", "value": pytest.approx(80), "examples": 20, "warnings": []}
     elif command == "analyze":
         assert [layer["name"] for layer in found] == ["first", "depth", "last"]
     else:
@@ -232,6 +232,25 @@ def test_compare_fails_a_pipeline_above_the_largest_drop(config: Config, capfd: 
         assert exit_.value.code == code
         assert json.loads(printed.out)["drop"]["value"] > 1
         assert ("more than --max-drop 1.00" in printed.err) == (code == 3)
+
+
+def test_a_quantized_model_is_evaluated_and_nothing_else(config: Config) -> None:
+    model = onnx.load("in.onnx")
+    model.graph.node[0].input[0] = "x_again"
+    for name, value in (("scale", np.float32(0.02)), ("zero", np.uint8(128))):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value), name))
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["x_int"]),
+        onnx.helper.make_node("DequantizeLinear", ["x_int", "scale", "zero"], ["x_again"]),
+        *model.graph.node,
+    ]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, "int8.onnx")
+    found = inspection.evaluate(Path("int8.onnx"), with_data())
+    assert found.value == pytest.approx(80, abs=10)  # four of twenty labels are wrong; a pixel is off by at most 0.01
+    with pytest.raises(ModelError, match="already quantized"):
+        inspection.profile([Path("int8.onnx")], config)
 
 
 def test_compare_wants_the_same_inputs(config: Config) -> None:

@@ -96,7 +96,7 @@ def test_lines_tell_the_step_of_a_fine_tune() -> None:
     file = io.StringIO()
     with Progress(quiet=False, terminal=False, file=file, clock=Clock()) as progress:
         progress(Event("search", STATUS.candidate, 5.0, 10.0, training=STATUS))
-    assert file.getvalue() == "search: stage 2, 30.3x, step 1200 of 4000 (5.0 s, about 10 s left)\n"
+    assert file.getvalue() == "stage 2, 30.3x, step 1200 of 4000 (5.0 s, about 10 s left)\n"
 
 
 def test_asides_are_for_verbose() -> None:

@@ -79,7 +79,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         "--trainer none",
         "without --trainer none",
     ),
-    "refused": ({"candidates": REFUSED}, f"37.5{TIMES} smaller, lost 1.40.", "a larger --delta accepts them"),
+    "refused": ({"candidates": REFUSED}, f"37.5{TIMES} smaller, lost 1.40.", "Or a larger --delta"),
     "few images": ({"drop_select": Interval(0.1, -3.0, 3.2)}, "The 5000 deciding images", "x_val"),
     "frozen": ({"layers": (layer(100), layer(900, "depthwise"))}, "90.0 % of what is left", "analyze"),
     "targets out of reach": (
