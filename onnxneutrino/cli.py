@@ -316,7 +316,8 @@ def configured(source: Path, options: dict[str, Any], before: Report | None = No
 
 def command_line() -> str:
     """The command as it was given, to be pasted into a shell again."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0]).name
+    return shlex.join([*(["python", "-m", "onnxneutrino"] if program == "__main__.py" else [program]), *sys.argv[1:]])
 
 
 def messages() -> contextlib.AbstractContextManager[Any]:
