@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -25,7 +25,17 @@ from onnxneutrino.formats import (
     format_shape,
 )
 from onnxneutrino.plan import FORMS
-from onnxneutrino.report import COST_FIELDS, Agreement, Interval, Report, SixMetrics, TargetRow, enhancement, ratio
+from onnxneutrino.report import (
+    COST_FIELDS,
+    Agreement,
+    Enhancement,
+    Interval,
+    Report,
+    SixMetrics,
+    TargetRow,
+    enhancement,
+    ratio,
+)
 from onnxneutrino.verdict import verdict
 
 STAGE_NAME = re.compile(rf"/({'|'.join(FORMS)})\.\w+$")
@@ -59,19 +69,8 @@ class AnalyzedLayer:
 
 def summary(report: Report) -> RenderableType:
     """Show a report in the shape of the paper's Table 1, then the drop, a sentence and the warnings."""
-    table = _table("", short_metric(report.metric_name), *(title for title, _, _ in COSTS))
-    rows = {
-        "Original": report.original,
-        "Stage 1": report.stage1,
-        "Stage 2": report.stage2,
-    }
-    for name, metrics in rows.items():
-        if metrics is not None:
-            table.add_row(name, format_metric(metrics.metric), *_costs(metrics))
-    gain = report.enhancement
-    if gain is not None:
-        ratios = (format_ratio(getattr(gain, attribute)) for _, attribute, _ in COSTS)
-        table.add_row("Enh.", f"drop {format_metric(gain.drop)}", *ratios)
+    rows = {"Original": report.original, "Stage 1": report.stage1, "Stage 2": report.stage2}
+    table = _table_1(report.metric_name, rows, report.enhancement)
     lines = [Text(line) for line in _drop_lines(report)]
     lines.extend(Text(line) for line in _block_lines(report))
     lines.extend(Text(f"Warning: {warning}") for warning in report.warnings)
@@ -213,12 +212,8 @@ def comparison_table(
     original: SixMetrics, other: SixMetrics, metric_name: str, drop: Interval, examples: int, alike: Agreement | None
 ) -> RenderableType:
     """Show two models in the shape of the paper's Table 1, the drop with its interval, and how often they agree."""
-    gain = enhancement(original, other, drop.value)
-    table = _table("", short_metric(metric_name), *(title for title, _, _ in COSTS))
-    for name, own in (("Original", original), ("Other", other)):
-        table.add_row(name, format_metric(own.metric), *_costs(own))
-    ratios = (format_ratio(getattr(gain, attribute)) for _, attribute, _ in COSTS)
-    table.add_row("Enh.", f"drop {format_metric(drop.value)}", *ratios)
+    rows = {"Original": original, "Other": other}
+    table = _table_1(metric_name, rows, enhancement(original, other, drop.value))
     lines = [Text(f"Drop on {examples} test examples: {format_interval(drop)}.")]
     if alike is not None:
         what = "same class" if alike.classes else "agreement of the outputs"
@@ -268,6 +263,18 @@ def _table(*titles: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for index, title in enumerate(titles):
         table.add_column(Text(title), justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def _table_1(metric_name: str, rows: Mapping[str, SixMetrics | None], gain: Enhancement | None) -> Table:
+    """The six metrics of each network that there is, by its title, and below what was gained."""
+    table = _table("", short_metric(metric_name), *(title for title, _, _ in COSTS))
+    for name, metrics in rows.items():
+        if metrics is not None:
+            table.add_row(name, format_metric(metrics.metric), *_costs(metrics))
+    if gain is not None:
+        ratios = (format_ratio(getattr(gain, attribute)) for _, attribute, _ in COSTS)
+        table.add_row("Enh.", f"drop {format_metric(gain.drop)}", *ratios)
     return table
 
 

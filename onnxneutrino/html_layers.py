@@ -6,7 +6,7 @@ from onnxneutrino.formats import format_count, format_exact, format_ratio, forma
 from onnxneutrino.html_elements import Html, element, figure, folded, join, legend, paragraph, section, table
 from onnxneutrino.plots_curves import named, sensitivity_curves
 from onnxneutrino.plots_layers import form_and_ranks, largest, macs_bars, params_bars
-from onnxneutrino.report import LayerRow, Report, ratio
+from onnxneutrino.report import LayerRow, Report, by_reason, ratio
 
 
 def layers(report: Report) -> Html:
@@ -62,13 +62,9 @@ def _all(rows: tuple[LayerRow, ...]) -> Html:
 
 
 def _frozen(rows: tuple[LayerRow, ...]) -> Html:
-    by_reason: dict[str, list[str]] = {}
-    for row in rows:
-        if row.reason is not None:
-            by_reason.setdefault(row.reason, []).append(row.name)
-    if not by_reason:
+    cells = [[reason, format_exact(len(names)), ", ".join(names)] for reason, names in by_reason(rows).items()]
+    if not cells:
         return Html()
-    cells = [[reason, format_exact(len(names)), ", ".join(names)] for reason, names in by_reason.items()]
     columns = (("Why", "name"), ("Layers", "n"), ("Names", "names"))
     return folded("Frozen layers, and why", table(columns, cells, "Frozen layers, and why"))
 

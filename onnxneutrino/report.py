@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from onnxneutrino.errors import UsageError
 from onnxneutrino.json_values import MismatchError, decode, plain
-from onnxneutrino.plan import Choice
+from onnxneutrino.plan import Choice, Frozen
 
 # The metric that each objective makes small, and each hard target bounds.
 COST_FIELDS = {
@@ -387,3 +387,12 @@ def enhancement(original: SixMetrics, compressed: SixMetrics, drop: float | None
 def ratio(before: float, after: float) -> float:
     """Divide `before / after`; NaN where `after` is zero."""
     return before / after if after else math.nan
+
+
+def by_reason(layers: Iterable[LayerRow | Frozen]) -> dict[str, list[str]]:
+    """Names of frozen layers by the reason why; layers without one are left out."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.reason is not None:
+            found.setdefault(layer.reason, []).append(layer.name)
+    return found

@@ -1,7 +1,7 @@
 """The two stages of the search, pure: cost, training and evaluation come in as a `Bench`.
 
 Stage 1 (exploration): a ladder of plans along the cost, refitted but untrained, shows how fast the network
-gives way; a fine-tune of the plan that most of the time should just make acceptable tells how much training
+gives way; a fine-tune of a plan that a quarter of the time should make acceptable tells how much training
 recovers. Stage 2 (annealing): from the trained weights, smaller plans are settled on the surrogate and by the
 divergence from the original, and only those are trained; what is then left of delta is spent on truncations.
 (Deeplite Neutrino, AAAI 2021, section 3.)

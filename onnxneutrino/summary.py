@@ -33,6 +33,7 @@ from onnxneutrino.report import (
     SixMetrics,
     TrainedBlock,
     Training,
+    by_reason,
     enhancement,
 )
 from onnxneutrino.runtime import Runner, latencies
@@ -97,10 +98,7 @@ def candidate_told(candidate: Candidate, full_cost: float) -> str:
 
 def frozen_told(frozen: Sequence[Frozen]) -> list[str]:
     """One line for each reason why layers are frozen."""
-    by_reason: dict[str, list[str]] = {}
-    for layer in frozen:
-        by_reason.setdefault(layer.reason, []).append(layer.name)
-    return [f"frozen, {reason}: {', '.join(names)}" for reason, names in by_reason.items()]
+    return [f"frozen, {reason}: {', '.join(names)}" for reason, names in by_reason(frozen).items()]
 
 
 def sensitivity_rows(curves: Mapping[str, Curve]) -> tuple[Sensitivity, ...]:
