@@ -21,7 +21,8 @@ import click
 
 import onnxneutrino
 from onnxneutrino import errors
-from onnxneutrino.cli import LIMIT_MISSED, Duration, main
+from onnxneutrino.cli import LIMIT_MISSED, main
+from onnxneutrino.cli_options import Duration
 from onnxneutrino.conductor import Result
 from onnxneutrino.config import Config, DataConfig, load_config, toml_path
 from onnxneutrino.errors import NeutrinoError, UsageError

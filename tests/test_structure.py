@@ -62,6 +62,7 @@ TIERS = (
     ("delivery",),
     ("inspection",),
     ("",),
+    ("cli_options",),
     ("cli",),
     ("__main__",),
 )
