@@ -35,7 +35,7 @@ from cells import (
 )
 from quality_run import row_of, tell
 
-from onnxneutrino import delivery, finetune
+from onnxneutrino import delivery, range_test
 from onnxneutrino.config import load_config
 from onnxneutrino.sensitivity import Curve
 from onnxneutrino.teaching import Memory
@@ -80,7 +80,7 @@ VARIANTS: Mapping[str, Variant] = {
     ),
     "plans": Variant("one plan per proposal", {"proposals.POWERS": (0.5,)}),
     "balance": Variant("unbalanced factors", {"factor_fit.balanced": _same}),
-    "rate": Variant("learning rate 1e-3", {"tuning.Tuner._found_rate": lambda *given: finetune.DEFAULT_RATE}),
+    "rate": Variant("learning rate 1e-3", {"tuning.Tuner._found_rate": lambda *given: range_test.DEFAULT_RATE}),
     "labels": Variant("labels weigh 0.3", {"tuning.teacher_error": lambda drawn, batches: None}),
     "teacher": Variant("teacher alone", options={"labels": False}),
     "memory": Variant("answers not remembered", {"tuning.Memory": lambda: Memory(0)}),

@@ -19,7 +19,7 @@ import numpy as np
 from baseline_factors import plain_form, weight_factors
 from baseline_vbmf import evbmf_rank
 
-from onnxneutrino import finetune, metrics
+from onnxneutrino import metrics, range_test
 from onnxneutrino.allocate import Option
 from onnxneutrino.bench import Candidate
 from onnxneutrino.candidates import point, whole_point
@@ -118,7 +118,7 @@ class PlainTuner(Tuner):
     """Trains at the usual rate: the range test of ours is for networks that start close to a minimum."""
 
     def _found_rate(self, *given: Any, **named: Any) -> float:
-        return finetune.DEFAULT_RATE
+        return range_test.DEFAULT_RATE
 
 
 class Baseline:

@@ -29,14 +29,15 @@ from baseline_torch import Net, converted, exported
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxneutrino import choice, conductor, cost, finetune, prepare, summary, task, tuning
+from onnxneutrino import choice, conductor, cost, finetune, prepare, range_test, summary, task, tuning
 from onnxneutrino.bench import Candidate
 from onnxneutrino.errors import ModelError, TrainingError
-from onnxneutrino.finetune import Example, prefetched
+from onnxneutrino.finetune import Example
 from onnxneutrino.graph import load
 from onnxneutrino.losses import PREFIX, Loss, loss_inputs
 from onnxneutrino.normalize import relative_error, restored
 from onnxneutrino.passes import fold_constants, free_batch, slim
+from onnxneutrino.prefetch import prefetched
 from onnxneutrino.runtime import Runner
 from onnxneutrino.task import Network, Task
 from onnxneutrino.teaching import Lessons, examples
@@ -212,7 +213,9 @@ class TorchTuner(PlainTuner):
             with contextlib.closing(prefetched(source)) as ahead:
                 left = seconds - (time.perf_counter() - start)
                 same = cast(finetune.Trainer, trainer)
-                result = finetune.fine_tune(same, ahead, seconds=left, learning_rate=finetune.DEFAULT_RATE, look=looks)
+                result = finetune.fine_tune(
+                    same, ahead, seconds=left, learning_rate=range_test.DEFAULT_RATE, look=looks
+                )
         except TrainingError as error:
             self.warnings.append(f"{name}: {error}; the candidate is dropped")
             return None

@@ -11,13 +11,11 @@ import contextlib
 import importlib.util
 import math
 import os
-import queue
 import sys
 import tempfile
-import threading
 import time
 import types
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,36 +32,13 @@ from onnxneutrino.gradient_graph import faster_gradients
 from onnxneutrino.graph import RUNTIME_IR, element_dtype
 from onnxneutrino.losses import Loss, loss_inputs, teacher_loss, with_loss
 from onnxneutrino.runtime import session_options
+from onnxneutrino.schedules import Schedule
 
 Arrays = dict[str, NDArray[Any]]
 MINIMUM_OPSET = 13
-WARMUP_SHARE = 0.05
 MAX_GRADIENT_NORM = 1.0
 TIMED_STEPS = 4
 READINGS, REFRESHES, LOOKS = 40, 10, 4  # in one fine-tune
-DEFAULT_RATE = 1e-3
-RATES = (8e-4, 3e-3)
-FIRST_RATE = 3e-4
-RATE_GROWTH = 1.12
-RISE = 0.5
-SMOOTHED = 6
-SAFETY = 1.5
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Steps of AdamW: warm-up over the first 5 %, then a cosine to zero."""
-
-    steps: int
-    batch: int
-    learning_rate: float
-
-    def rate(self, step: int) -> float:
-        """Learning rate of step `step`, counted from 0."""
-        warmup = max(1, round(WARMUP_SHARE * self.steps))
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,31 +239,6 @@ def _silent_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def find_rate(trainer: Trainer, examples: Iterator[Example], seconds: float) -> float:
-    """Two thirds of the learning rate at which the loss rises by half, from 8e-4 to 3e-3 (Smith 2017, range test).
-
-    A factorized network starts close to a minimum: steps of any size find little to gain at once, and too large ones
-    show at once. The rate grows by 12 % a step until the mean loss of six steps, less the teacher's own, is half above
-    that of six steps at rate zero. Lower rates lose less on the way and end worse (VGG-like network, 1500 steps: 3.5e-4
-    left a drop of 2.36, 1.2e-3 one of 1.50), hence the bound below. The trainer's arrays and moments are spoiled
-    afterwards. Where the test would take longer than `seconds`, 1e-3 must do.
-    """
-    start = clock.now()
-    still = [trainer.step(next(examples), 0.0) for _ in range(SMOOTHED)]
-    bound = float(np.mean(still)) + RISE * max(float(np.mean(still)), float(np.std(still)))
-    if (clock.now() - start) / SMOOTHED * math.log(SAFETY * RATES[1] / FIRST_RATE, RATE_GROWTH) > seconds:
-        return DEFAULT_RATE
-    losses: list[float] = []
-    rate = FIRST_RATE
-    while rate < SAFETY * RATES[1]:
-        losses.append(trainer.step(next(examples), rate))
-        if len(losses) >= SMOOTHED and np.mean(losses[-SMOOTHED:]) > bound:
-            break
-        rate *= RATE_GROWTH
-    # The mean is that of the middle of its steps.
-    return float(np.clip(rate / RATE_GROWTH ** (SMOOTHED // 2) / SAFETY, *RATES))
-
-
 def step_seconds(trainer: Trainer, examples: Iterator[Example]) -> float:
     """Wall time of one step, lessons included: the mean of four at rate zero, after a first one."""
     trainer.step(next(examples), 0.0)
@@ -357,41 +307,6 @@ def fine_tune(
         if not np.isfinite(array).all():  # what the last step did shows in no loss
             raise TrainingError(f"'{name}' is not finite after training; lower the learning rate or check the data")
     return Trained(arrays, tuple(losses), schedule, clock.now() - start)
-
-
-def prefetched(examples: Iterator[Example], depth: int = 2) -> Generator[Example, None, None]:
-    """The same examples, made in a second thread while the trainer steps; its errors are raised here."""
-    waiting: queue.Queue[Example | BaseException | None] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: Example | BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                waiting.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for example in examples:
-                put(example)
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while (item := waiting.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
 
 
 def trainable_arrays(arrays: Mapping[str, NDArray[Any]], names: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxneutrino import clock, finetune, metrics
+from onnxneutrino import clock, finetune, metrics, range_test
 from onnxneutrino.calibrate import Keep, in_place
 from onnxneutrino.data import Split
 from onnxneutrino.errors import TrainingError
@@ -22,6 +22,7 @@ from onnxneutrino.groups import GroupTraining, grouped
 from onnxneutrino.large import GROUP_BYTES
 from onnxneutrino.losses import Loss
 from onnxneutrino.passes.factorize import read_factors, stage_arrays, stage_names
+from onnxneutrino.prefetch import prefetched
 from onnxneutrino.prepare import evaluate
 from onnxneutrino.runtime import Runner
 from onnxneutrino.task import FineTune, Network, Task, build, trainable_names
@@ -145,7 +146,7 @@ class Tuner:
                 left = seconds - (clock.now() - start)
                 with (
                     finetune.Trainer(copy, names, loss, task.threads) as trainer,
-                    contextlib.closing(finetune.prefetched(source)) as ahead,
+                    contextlib.closing(prefetched(source)) as ahead,
                 ):
                     result = finetune.fine_tune(
                         trainer,
@@ -189,7 +190,7 @@ class Tuner:
         """The learning rate: found on the first network, and used for all that follow from it."""
         if self._rate is None:
             with finetune.Trainer(copy, names, self.loss, self.task.threads) as trainer:
-                self._rate = finetune.find_rate(trainer, source, seconds)
+                self._rate = range_test.find_rate(trainer, source, seconds)
         return self._rate
 
     @cached_property
@@ -223,7 +224,7 @@ class Tuner:
         drawn = examples(task.train, task.batch, task.seed, nothing, False, len(self.fine_tunes))
         batches = [next(drawn).inputs for _ in range(training.batches(task.batch))]
         return training.train(
-            batches, seconds, finetune.DEFAULT_RATE, lambda what, share: self._tell(f"{name}: {what}", share)
+            batches, seconds, range_test.DEFAULT_RATE, lambda what, share: self._tell(f"{name}: {what}", share)
         )
 
     def _fed(self, network: Network) -> Runner | None:

@@ -18,11 +18,13 @@ from onnx import ModelProto, numpy_helper
 from onnx.parser import parse_model
 from onnx.reference import ReferenceEvaluator
 
-from onnxneutrino import clock, finetune
+from onnxneutrino import clock, finetune, range_test
 from onnxneutrino.errors import TrainingError
-from onnxneutrino.finetune import Example, Schedule, Trainer, fine_tune, prefetched
+from onnxneutrino.finetune import Example, Trainer, fine_tune
 from onnxneutrino.graph import arrays, with_arrays
 from onnxneutrino.losses import Loss, loss_inputs, teacher_loss
+from onnxneutrino.prefetch import prefetched
+from onnxneutrino.schedules import Schedule
 from onnxneutrino.training_copy import training_copy
 
 BATCH = 4
@@ -310,11 +312,11 @@ def test_the_rate_found_is_lower_where_steps_do_more_harm() -> None:
     found = []
     for scale in (1.0, 100.0):
         with Trainer(training_copy(model, BATCH), weights_of(model), VALUES, 1) as trainer:
-            found.append(finetune.find_rate(trainer, near(scale), 60.0))
-    low, high = finetune.RATES
+            found.append(range_test.find_rate(trainer, near(scale), 60.0))
+    low, high = range_test.RATES
     assert low <= found[1] < 0.5 * found[0] <= high
     with Trainer(training_copy(model, BATCH), weights_of(model), VALUES, 1) as trainer:
-        assert finetune.find_rate(trainer, near(1.0), 0.0) == finetune.DEFAULT_RATE
+        assert range_test.find_rate(trainer, near(1.0), 0.0) == range_test.DEFAULT_RATE
 
 
 def test_a_fine_tune_is_looked_at_after_each_quarter_and_ends_where_that_says_so() -> None:

@@ -22,7 +22,7 @@ LONGEST = 400
 # any single pass, `passes` the tuples in passes/__init__.py, `` the package's own __init__.py.
 TIERS = (
     ("errors", "heap", "json_values", "events", "html_style", "html_elements"),
-    ("quantities",),
+    ("quantities", "prefetch", "schedules"),
     ("plan", "config", "walk", "clock", "ladder", "recovery"),
     ("differentiable", "conv_geometry"),
     ("weights", "sharing"),
@@ -46,7 +46,7 @@ TIERS = (
     ("chain_graph",),
     ("chain_latency",),
     ("calibrate", "layer_options", "refit", "search", "finetune", "normalize"),
-    ("blocks", "proposals", "target_search"),
+    ("blocks", "proposals", "target_search", "range_test"),
     ("segments",),
     ("training_copy", "prepare", "agreement", "probe", "teaching", "gradcheck"),
     ("selfcheck", "curvature"),
