@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxneutrino import heap
-from onnxneutrino.cli_options import Duration, common_options, data_options
+from onnxneutrino.cli_options import Duration, common_options, data_options, train_options
 from onnxneutrino.config import OBJECTIVES, Config, load_config
 from onnxneutrino.errors import NeutrinoError, OutputError, UsageError
 
@@ -55,8 +55,9 @@ def main() -> None:
 @click.option("--labels/--no-labels", default=None, help="Train against labels and teacher, or teacher alone.")
 @click.option(
     "--trainer",
-    type=click.Choice(["ort", "reconstruct", "none"]),
-    help="reconstruct: block by block, without labels. none: factors and refit, no fine-tuning.",
+    metavar="TRAINER",
+    help="ort; reconstruct: block by block, without labels. none: factors and refit, no fine-tuning. "
+    "Or your own: file.py:function, or 'command: PROGRAM ARGS {candidate} {trained} {original} {seconds}'.",
 )
 @click.option("--confidence", type=float, help="One-sided, that a drop is within delta; default 0.8.")
 @click.option("--dry-run", is_flag=True, default=None, help="Everything up to the first training step; writes nothing.")
@@ -68,6 +69,7 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="Repeat the run of this report bit for bit.",
 )
+@train_options
 @data_options
 @common_options
 def compress(

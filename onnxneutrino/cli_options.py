@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
-from onnxneutrino.config import AUGMENTATIONS, LAYOUTS, parse_duration
+from onnxneutrino.config import AUGMENTATIONS, LAYOUTS, OPTIMIZERS, SCHEDULES
+from onnxneutrino.config_checks import parse_duration
 from onnxneutrino.errors import UsageError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -68,6 +69,22 @@ def data_options(command: Command) -> Command:
         click.option("--std", type=Numbers(), help="Per channel, divides after mean."),
         click.option("--augment", type=click.Choice(AUGMENTATIONS), multiple=True, help="Training only; repeatable."),
         click.option("--validation", metavar="SHARE", help="Share of training images for early stopping, or file."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def train_options(command: Command) -> Command:
+    """Options that override the TOML file's [train]."""
+    options = [
+        click.option("--loss", metavar="FILE", help="Your loss: file.py:function (an onnxblock), or an .onnx graph."),
+        click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="sgd needs --learning-rate."),
+        click.option("--schedule", type=click.Choice(SCHEDULES), help="Of the learning rate, after a warm-up."),
+        click.option("--learning-rate", type=float, help="Its peak; without it found by a range test."),
+        click.option("--weight-average", type=float, help="Decay of a moving average of the weights; 0 for none."),
+        click.option("--before", metavar="FUNCTION", help="file.py:function, before a candidate is trained."),
+        click.option("--after", metavar="FUNCTION", help="file.py:function, after it was measured; may refuse it."),
     ]
     for option in reversed(options):
         command = option(command)

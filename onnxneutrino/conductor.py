@@ -278,6 +278,7 @@ def make_task(
         threads=config.threads,
         seed=config.seed,
         labels=config.labels,
+        recipe=config.train,
     )
 
 

@@ -1,6 +1,6 @@
 """What the user asked for: frozen values from a TOML file beside the model and from the command line.
 
-The TOML file has the tables `[data]`, `[metric]` and `[compress]`; an option of the command line overrides
+The TOML file has the tables `[data]`, `[metric]`, `[train]` and `[compress]`; an option of the command line overrides
 the key of the same name. An unknown table or key is refused by name.
 """
 
@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onnxneutrino import config_checks as checks
+from onnxneutrino.data_function import is_function
 from onnxneutrino.errors import UsageError
-from onnxneutrino.quantities import BYTES, COUNTS, MILLISECONDS, parse_quantity
+from onnxneutrino.quantities import BYTES, COUNTS, MILLISECONDS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,7 +26,8 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 OBJECTIVES = ("params", "macs", "size", "memory", "latency")
-TRAINERS = ("ort", "reconstruct", "none")
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "step", "constant")
 LAYOUTS = ("NCHW", "NHWC")
 AUGMENTATIONS = ("crop4", "hflip")
 DELTA = 1.0
@@ -56,6 +59,29 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class TrainConfig:
+    """How a candidate is trained, and what of the user's own takes part.
+
+    Attributes:
+        loss: `file.py:function` that returns an onnxblock, or an `.onnx` file; empty for the built-in loss.
+        optimizer: `adamw`, or `sgd` without momentum.
+        schedule: after a warm-up of 5 %: `cosine` to zero, `step` to a tenth at 50 % and at 75 %, or `constant`.
+        learning_rate: its peak; without one it is found by a range test, which `sgd` does not have.
+        weight_average: decay of a moving average of the weights, which is what is returned; 0 for none.
+        before: `file.py:function`, called with every candidate before it is trained; empty for none.
+        after: `file.py:function`, called with every candidate that was measured, and may refuse it; empty for none.
+    """
+
+    loss: str = ""
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
+    learning_rate: float | None = None
+    weight_average: float = 0.0
+    before: str = ""
+    after: str = ""
+
+
+@dataclass(frozen=True)
 class Config:
     """One run; what was not given and has no value of its own is None.
 
@@ -77,7 +103,9 @@ class Config:
         labels: train against labels and teacher, not against the teacher alone.
         seed: of every random draw.
         threads: how many compute; 0 for the cores there are.
-        trainer: `ort` fine-tunes end to end, `reconstruct` block by block without labels, `none` not at all.
+        trainer: `ort` fine-tunes end to end, `reconstruct` block by block without labels, `none` not at all;
+            `file.py:function` or `command: PROGRAM ARGS {candidate} {trained}` train elsewhere.
+        train: how, and with what of the user's own.
         confidence: one-sided, that the drop of an accepted candidate is within delta.
         dry_run: everything up to the first training step; there is no compressed model then.
         input_shape: sizes by input name, such as `{ x = [1, 3, 64, 64] }`, which fix free dimensions.
@@ -102,6 +130,7 @@ class Config:
     seed: int = 0
     threads: int = 0
     trainer: str = "ort"
+    train: TrainConfig = field(default_factory=TrainConfig)
     confidence: float = 0.8
     dry_run: bool = False
     input_shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -131,7 +160,7 @@ def load_config(model_path: Path | None, overrides: Mapping[str, Any]) -> Config
 
     Args:
         model_path: the model; None for a model that is not a file.
-        overrides: values by the name of a field of `DataConfig` (`data` for its path) or `Config`;
+        overrides: values by the name of a field of `DataConfig` (`data` for its path), `TrainConfig` or `Config`;
             None values are skipped.
 
     Raises:
@@ -139,16 +168,19 @@ def load_config(model_path: Path | None, overrides: Mapping[str, Any]) -> Config
     """
     tables, base, source = _read_toml(model_path)
     data = _fields(tables.get("data", {}), DataConfig, source, "data", hidden=("base",))
-    hidden = ("data", "metric", "metric_base", "dry_run", "clock")
+    train = _rebased(_fields(tables.get("train", {}), TrainConfig, source, "train", hidden=()), base)
+    hidden = ("data", "train", "metric", "metric_base", "dry_run", "clock")
     top = _fields(tables.get("compress", {}), Config, source, "compress", hidden=hidden)
     for key, value in tables.get("metric", {}).items():
         if key != "name":
             raise UsageError(f"{source}: unknown key '{key}' in [metric]; the only one is 'name'")
         top["metric"] = value
+    top = _rebased(top, base)
     data["base"] = top["metric_base"] = base
-    sources = dict.fromkeys((*data, *top), source)
+    sources = dict.fromkeys((*data, *train, *top), source)
     data_names = {f.name for f in dataclasses.fields(DataConfig)}
-    top_names = {f.name for f in dataclasses.fields(Config)} - {"data"}
+    train_names = {f.name for f in dataclasses.fields(TrainConfig)}
+    top_names = {f.name for f in dataclasses.fields(Config)} - {"data", "train"}
     for key, value in overrides.items():
         if value is None:
             continue
@@ -156,18 +188,24 @@ def load_config(model_path: Path | None, overrides: Mapping[str, Any]) -> Config
             data["path"], data["base"] = str(value), Path(".")
         elif key in data_names:
             data[key] = value
+        elif key in train_names:
+            train[key] = value
         elif key in top_names:
             top[key] = value
             if key == "metric":
                 top["metric_base"] = Path(".")
         else:
-            raise UsageError(f"unknown option '{key}'; known are {', '.join(sorted(data_names | top_names))}")
+            known = ", ".join(sorted(data_names | train_names | top_names))
+            raise UsageError(f"unknown option '{key}'; known are {known}")
         sources["path" if key == "data" else key] = "the command line"
-    _check(data, sources)
-    _check(top, sources)
+    for values in (data, train, top):
+        _check(values, sources)
+    if train.get("optimizer") == "sgd" and train.get("learning_rate") is None:
+        where = sources["optimizer"]
+        raise UsageError(f"{where}: optimizer sgd needs a learning-rate; only that of adamw is found by a range test")
     if not top.get("threads"):
         top["threads"] = available_cores()
-    return Config(data=DataConfig(**data), **top)
+    return Config(data=DataConfig(**data), train=TrainConfig(**train), **top)
 
 
 def _read_toml(model_path: Path | None) -> tuple[dict[str, Any], Path, str]:
@@ -180,8 +218,8 @@ def _read_toml(model_path: Path | None) -> tuple[dict[str, Any], Path, str]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"{path}: cannot be read as TOML: {error}") from error
     for name, table in tables.items():
-        if name not in ("data", "metric", "compress") or not isinstance(table, dict):
-            raise UsageError(f"{path}: unknown entry '{name}'; the tables are [data], [metric] and [compress]")
+        if name not in ("data", "metric", "train", "compress") or not isinstance(table, dict):
+            raise UsageError(f"{path}: unknown entry '{name}'; the tables are [data], [metric], [train] and [compress]")
     return tables, path.parent, str(path)
 
 
@@ -196,26 +234,21 @@ def _fields(table: Mapping[str, Any], kind: type, source: str, name: str, hidden
     return values
 
 
+def _rebased(values: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The values of a table, references to files in them from the working directory and not from the file's folder."""
+    return {key: _from(base, value) if key in _REFERENCES else value for key, value in values.items()}
+
+
+def _from(base: Path, value: Any) -> Any:
+    named = isinstance(value, str) and (is_function(value) or value.endswith(".onnx")) and not checks.is_command(value)
+    return str(base / Path(value).expanduser()) if named else value
+
+
 def available_cores() -> int:
     """Cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def parse_duration(text: str) -> float:
-    """Seconds in `90`, `90s`, `15m` or `2h`.
-
-    Raises:
-        UsageError: anything else.
-    """
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    stripped = text.strip()
-    number, unit = (stripped[:-1], units[stripped[-1]]) if stripped[-1:] in units else (stripped, 1.0)
-    try:
-        return float(number) * unit
-    except ValueError:
-        raise UsageError(f"time limit '{text}' is not a duration; write 90s, 15m or 2h") from None
 
 
 def _check(values: dict[str, Any], sources: Mapping[str, str]) -> None:
@@ -228,137 +261,39 @@ def _check(values: dict[str, Any], sources: Mapping[str, str]) -> None:
                 raise UsageError(f"{sources[key]}: {key.replace('_', '-')} {error}") from None
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"must be a number, got {value!r}")
-    return float(value)
-
-
-def _not_zero(value: Any) -> float:
-    if _number(value) == 0:
-        raise ValueError("must not be zero")
-    return float(value)
-
-
-def _not_negative(value: Any) -> float:
-    if _number(value) < 0:
-        raise ValueError(f"must not be negative, got {value}")
-    return float(value)
-
-
-def _positive(value: Any) -> float:
-    if _number(value) <= 0:
-        raise ValueError(f"must be positive, got {value}")
-    return float(value)
-
-
-def _seconds(value: Any) -> float:
-    try:
-        return _positive(parse_duration(value) if isinstance(value, str) else value)
-    except UsageError:
-        raise ValueError(f"must be a duration such as 90s, 15m or 2h, got {value!r}") from None
-
-
-def _quantity(units: Mapping[str, float]) -> Callable[[Any], float]:
-    return lambda value: parse_quantity(value, units)
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"must be a whole number from 0, got {value!r}")
-    return value
-
-
-def _at_least_one(value: Any) -> int:
-    if _whole(value) == 0:
-        raise ValueError("must be at least 1")
-    return int(value)
-
-
-def _switch(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"must be true or false, got {value!r}")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"must be a string, got {value!r}")
-    return value
-
-
-def _confidence(value: Any) -> float:
-    if not 0.5 <= _number(value) < 1:
-        raise ValueError(f"must be from 0.5 to below 1, got {value}")
-    return float(value)
-
-
-def _validation(value: Any) -> float | str:
-    if value == "file":
-        return "file"
-    try:
-        share = _number(float(value) if isinstance(value, str) else value)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < 1:
-        raise ValueError(f"must be a share from 0 to below 1, or 'file', got {value!r}")
-    return share
-
-
-def _shapes(value: Any) -> dict[str, tuple[int, ...]]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"must give a shape by input name, got {value!r}")
-    shapes = {}
-    for name, shape in value.items():
-        if not isinstance(shape, (list, tuple)):
-            raise ValueError(f"of '{name}' must be a list of sizes, got {shape!r}")
-        shapes[name] = tuple(_at_least_one(size) for size in shape)
-    return shapes
-
-
-def _sequence(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _each(check: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
-    """The check of a list; one value alone counts as a list of one."""
-    return lambda value: tuple(check(v) for v in _sequence(value))
-
-
-def _choice(allowed: tuple[Any, ...]) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if isinstance(value, bool) or value not in allowed:
-            raise ValueError(f"must be one of {', '.join(map(str, allowed))}, got {value!r}")
-        return value
-
-    return check
-
-
+_REFERENCES = ("loss", "before", "after", "trainer")
 _CHECKS: dict[str, Callable[[Any], Any]] = {
-    "path": _text,
-    "layout": _choice(LAYOUTS),
-    "scale": _not_zero,
-    "mean": _each(_number),
-    "std": _each(_positive),
-    "augment": _each(_choice(AUGMENTATIONS)),
-    "validation": _validation,
-    "metric": _text,
-    "delta": _not_negative,
-    "stage": _choice((1, 2)),
-    "objective": _choice(OBJECTIVES),
-    "max_params": _quantity(COUNTS),
-    "max_macs": _quantity(COUNTS),
-    "max_size": _quantity(BYTES),
-    "max_memory": _quantity(BYTES),
-    "max_latency": _quantity(MILLISECONDS),
-    "time_limit": _seconds,
-    "exclude": _each(_text),
-    "only": _each(_text),
-    "labels": _switch,
-    "seed": _whole,
-    "threads": _whole,
-    "trainer": _choice(TRAINERS),
-    "confidence": _confidence,
-    "dry_run": _switch,
-    "input_shape": _shapes,
+    "path": checks.text,
+    "layout": checks.choice(LAYOUTS),
+    "scale": checks.not_zero,
+    "mean": checks.each(checks.number),
+    "std": checks.each(checks.positive),
+    "augment": checks.each(checks.choice(AUGMENTATIONS)),
+    "validation": checks.validation,
+    "metric": checks.text,
+    "delta": checks.not_negative,
+    "stage": checks.choice((1, 2)),
+    "objective": checks.choice(OBJECTIVES),
+    "max_params": checks.quantity(COUNTS),
+    "max_macs": checks.quantity(COUNTS),
+    "max_size": checks.quantity(BYTES),
+    "max_memory": checks.quantity(BYTES),
+    "max_latency": checks.quantity(MILLISECONDS),
+    "time_limit": checks.seconds,
+    "exclude": checks.each(checks.text),
+    "only": checks.each(checks.text),
+    "labels": checks.switch,
+    "seed": checks.whole,
+    "threads": checks.whole,
+    "trainer": checks.trainer,
+    "loss": checks.loss,
+    "optimizer": checks.choice(OPTIMIZERS),
+    "schedule": checks.choice(SCHEDULES),
+    "learning_rate": checks.positive,
+    "weight_average": checks.decay,
+    "before": checks.function,
+    "after": checks.function,
+    "confidence": checks.confidence,
+    "dry_run": checks.switch,
+    "input_shape": checks.shapes,
 }

@@ -1,7 +1,7 @@
 """Fine-tuning with ONNX Runtime training: the only module that knows it.
 
 The training copy of a model (lowered operators, fixed batch) gets a distillation loss in its own graph;
-`onnxruntime.training.artifacts` adds the gradients, AdamW steps on them, and the trained arrays come back by
+`onnxruntime.training.artifacts` adds the gradients, AdamW or SGD steps on them, and the trained arrays come back by
 initializer name.
 """
 
@@ -32,7 +32,7 @@ from onnxneutrino.gradient_graph import faster_gradients
 from onnxneutrino.graph import RUNTIME_IR, element_dtype
 from onnxneutrino.losses import Loss, loss_inputs, teacher_loss, with_loss
 from onnxneutrino.runtime import session_options
-from onnxneutrino.schedules import Schedule
+from onnxneutrino.schedules import Schedule, averaged
 
 Arrays = dict[str, NDArray[Any]]
 MINIMUM_OPSET = 13
@@ -81,7 +81,9 @@ class Trainer:
     Use it as a context manager: the artifacts lie in a temporary folder.
     """
 
-    def __init__(self, model: ModelProto, trainable: Sequence[str], loss: Loss, threads: int) -> None:
+    def __init__(
+        self, model: ModelProto, trainable: Sequence[str], loss: Loss, threads: int, optimizer: str = "adamw"
+    ) -> None:
         """Make the artifacts.
 
         Args:
@@ -89,6 +91,7 @@ class Trainer:
             trainable: names of the initializers to train.
             loss: what to learn.
             threads: threads within an operator.
+            optimizer: `adamw`, or `sgd` without momentum.
 
         Raises:
             TrainingError: an operator between a trainable initializer and the loss has no right gradient, or
@@ -104,7 +107,7 @@ class Trainer:
         self._gradients: list[NDArray[Any]] = []
         try:
             self._module, self._optimizer, self._state = _artifacts(
-                graph_model, self.trainable, Path(self._folder.name), threads
+                graph_model, self.trainable, Path(self._folder.name), threads, optimizer
             )
         except Exception as error:
             self._folder.cleanup()
@@ -118,7 +121,7 @@ class Trainer:
         self._folder.cleanup()
 
     def step(self, example: Example, rate: float) -> float:
-        """One AdamW step on the clipped gradients.
+        """One step of the optimizer on the clipped gradients.
 
         Returns:
             The loss before it, less the teacher's own.
@@ -201,14 +204,16 @@ def _training_package() -> tuple[Any, Any, Any]:
     return artifacts, onnxblock, api
 
 
-def _artifacts(model: ModelProto, trainable: Sequence[str], folder: Path, threads: int) -> tuple[Any, Any, Any]:
+def _artifacts(
+    model: ModelProto, trainable: Sequence[str], folder: Path, threads: int, optimizer: str
+) -> tuple[Any, Any, Any]:
     artifacts, onnxblock, api = _training_package()
     with _silent_stderr():
         artifacts.generate_artifacts(
             model,
             requires_grad=list(trainable),
             loss=None,
-            optimizer=onnxblock.optim.AdamW(),
+            optimizer=onnxblock.optim.SGD() if optimizer == "sgd" else onnxblock.optim.AdamW(),
             artifact_directory=str(folder),
         )
     for name in ("training_model.onnx", "optimizer_model.onnx"):
@@ -220,8 +225,7 @@ def _artifacts(model: ModelProto, trainable: Sequence[str], folder: Path, thread
         del made
     state = api.CheckpointState.load_checkpoint(str(folder / "checkpoint"))
     module = api.Module(str(folder / "training_model.onnx"), state, session_options=session_options(threads))
-    optimizer = api.Optimizer(str(folder / "optimizer_model.onnx"), module)
-    return module, optimizer, state
+    return module, api.Optimizer(str(folder / "optimizer_model.onnx"), module), state
 
 
 @contextlib.contextmanager
@@ -254,6 +258,8 @@ def fine_tune(
     *,
     seconds: float,
     learning_rate: float,
+    shape: str = "cosine",
+    weight_average: float = 0.0,
     steps: int | None = None,
     report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
     refresh: Callable[[Arrays], None] | None = None,
@@ -267,11 +273,13 @@ def fine_tune(
         trainer: the artifacts.
         examples: endless batches of the trainer's size.
         seconds: wall time to spend, data and teacher included.
-        learning_rate: peak of AdamW's learning rate.
+        learning_rate: its peak.
+        shape: of the schedule, see `Schedule`.
+        weight_average: decay of the moving average of the arrays, which is looked at and returned; 0 for none.
         steps: number of steps, when it is known already; nothing is timed then.
         report: called with step, steps and loss about once a second.
         refresh: called with the arrays as they are, a few times in all.
-        look: asked after each quarter of the steps but the last, with the arrays as they are, the step and the share
+        look: asked after each quarter of the steps but the last, with the arrays to be returned, the step and the share
             of the steps that it stands for; True ends the training there.
 
     Raises:
@@ -283,7 +291,8 @@ def fine_tune(
         pace = step_seconds(trainer, examples)
         begun = clock.now()
         steps = max(1, int((seconds - (begun - start)) / pace))
-    schedule = Schedule(steps, trainer.batch, learning_rate)
+    schedule = Schedule(steps, trainer.batch, learning_rate, shape)
+    average = trainer.arrays() if weight_average else {}
     between_readings, between_looks = max(1, steps // READINGS), max(1, steps // REFRESHES)
     losses: list[float] = []
     told, looked = time.perf_counter(), 1
@@ -295,14 +304,16 @@ def fine_tune(
         if refresh is not None and step and step % between_looks == 0:
             refresh(trainer.arrays())
         if look is not None and step and step >= looked * schedule.steps // LOOKS and looked < LOOKS:
-            if look(trainer.arrays(), step, looked / LOOKS):
+            if look(average or trainer.arrays(), step, looked / LOOKS):
                 break
             looked += 1
         losses.append(trainer.step(next(examples), schedule.rate(step)))
+        if weight_average:
+            average = averaged(average, trainer.arrays(), weight_average, step)
         if time.perf_counter() - told > 1.0:
             told = time.perf_counter()
             report(step + 1, schedule.steps, float(np.mean(losses[-20:])))
-    arrays = trainer.arrays()
+    arrays = average or trainer.arrays()
     for name, array in arrays.items():
         if not np.isfinite(array).all():  # what the last step did shows in no loss
             raise TrainingError(f"'{name}' is not finite after training; lower the learning rate or check the data")

@@ -31,7 +31,8 @@ def repeated(model_path: Path | None, report: Report, given: Mapping[str, Any]) 
         raise UsageError(f"the report of {report.model} was made with {', '.join(other)}; other versions end elsewhere")
     settings = dict(report.settings)
     data = dict(settings.pop("data", {}))
-    options = {**settings, **data, "data": data.get("path")}
+    train = settings.pop("train", {})
+    options = {**settings, **train, **data, "data": data.get("path")}
     options.pop("path", None)
     plain = load_config(model_path, {})
     # What the TOML file says already is left to it: its paths start from its own folder.

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from onnxneutrino import finetune, metrics
+from onnxneutrino.config import TrainConfig
 from onnxneutrino.data import Split
 from onnxneutrino.factors import Factors
 from onnxneutrino.graph import TensorType, with_arrays
@@ -63,6 +64,7 @@ class Task:
         seed: of every draw.
         labels: train with labels where there are some.
         training: how it is trained; None where it is not.
+        recipe: the user's wishes for it.
     """
 
     model: ModelProto
@@ -85,6 +87,7 @@ class Task:
     seed: int
     labels: bool
     training: TrainingPlan | None = None
+    recipe: TrainConfig = field(default_factory=TrainConfig)
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,7 +97,7 @@ class Tuner:
         own = task.loss if task.training is None else task.training.loss
         learned = (*own.outputs, *own.reconstructed)
         alike = learned == task.loss.outputs
-        self._rate: float | None = None
+        self._rate = task.recipe.learning_rate
         self._memory = Memory()
         self._tutor = teacher if alike else Runner(task.batched, learned, threads=task.threads)
 
@@ -145,7 +145,7 @@ class Tuner:
                 rate = self._found_rate(copy, names, source, RATE_SHARE * left)
                 left = seconds - (clock.now() - start)
                 with (
-                    finetune.Trainer(copy, names, loss, task.threads) as trainer,
+                    finetune.Trainer(copy, names, loss, task.threads, task.recipe.optimizer) as trainer,
                     contextlib.closing(prefetched(source)) as ahead,
                 ):
                     result = finetune.fine_tune(
@@ -153,6 +153,8 @@ class Tuner:
                         ahead,
                         seconds=left,
                         learning_rate=rate,
+                        shape=task.recipe.schedule,
+                        weight_average=task.recipe.weight_average,
                         report=lambda step, steps, loss: self._watch(looks.status(name, step, steps, loss)),
                         refresh=refresh if loss.fed else None,
                         look=looks,
@@ -187,7 +189,7 @@ class Tuner:
     def _found_rate(
         self, copy: ModelProto, names: Sequence[str], source: Iterator[finetune.Example], seconds: float
     ) -> float:
-        """The learning rate: found on the first network, and used for all that follow from it."""
+        """The learning rate: the user's; else found on the first network, and used for all that follow from it."""
         if self._rate is None:
             with finetune.Trainer(copy, names, self.loss, self.task.threads) as trainer:
                 self._rate = range_test.find_rate(trainer, source, seconds)

@@ -54,7 +54,12 @@ DATA = '[data]\npath = "data.npz"\n'
     [
         ("[[[ no = ", 2, "cannot be read as TOML"),
         (DATA + "shuffle = 1", 2, "unknown key 'shuffle' in [data]; known are path"),
-        (DATA + "[train]\na = 1", 2, "unknown entry 'train'"),
+        (DATA + "[training]\na = 1", 2, "unknown entry 'training'"),
+        (DATA + "[train]\na = 1", 2, "unknown key 'a' in [train]; known are loss, optimizer"),
+        (DATA + "[train]\noptimizer = 'sgd'", 2, "optimizer sgd needs a learning-rate"),
+        (DATA + "[train]\nweight-average = 1.0", 2, "weight-average must be from 0 to below 1"),
+        (DATA + "[train]\nloss = 'loss.txt'", 2, "loss must be file.py:function or an .onnx file"),
+        (DATA + "[train]\nbefore = 'log'", 2, "before must be file.py:function"),
         (DATA + "[metric]\nkind = 'top1'", 2, "unknown key 'kind' in [metric]"),
         (DATA + "scale = 'a'", 2, "scale must be a number"),
         (DATA + "std = [0, 1]", 2, "std must be positive"),

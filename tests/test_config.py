@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from onnxneutrino.config import OBJECTIVES, Config, DataConfig, available_cores, load_config, parse_duration, toml_path
+from onnxneutrino.config import OBJECTIVES, Config, DataConfig, available_cores, load_config, toml_path
+from onnxneutrino.config_checks import parse_duration
 from onnxneutrino.errors import UsageError
 
 FULL = """
@@ -127,7 +128,17 @@ def test_refuses_a_wrong_file_by_name(tmp_path: Path, text: str, part: str) -> N
         ("labels", "no", "must be true or false"),
         ("seed", True, "must be a whole number"),
         ("threads", -1, "must be a whole number"),
-        ("trainer", "torch", "must be one of ort, reconstruct, none"),
+        ("trainer", "torch", "must be one of ort, reconstruct, none, file.py:function or 'command: PROGRAM"),
+        ("trainer", "command: train.sh {candidate}", "{candidate} {trained}', got"),
+        ("trainer", 1, "must be one of ort"),
+        ("loss", "loss.txt", "must be file.py:function or an .onnx file"),
+        ("optimizer", "adam", "must be one of adamw, sgd"),
+        ("schedule", "linear", "must be one of cosine, step, constant"),
+        ("learning_rate", 0, "must be positive"),
+        ("weight_average", 1, "must be from 0 to below 1"),
+        ("weight_average", -0.1, "must be from 0 to below 1"),
+        ("before", "log", "must be file.py:function"),
+        ("after", "log.py", "must be file.py:function"),
         ("max_params", "many", "must be a positive quantity such as 200k, 5M or 1.2G, got 'many'"),
         ("max_params", "200KB", "such as 200k"),
         ("max_params", "5m", "such as 200k"),
@@ -154,6 +165,30 @@ def test_refuses_a_value_out_of_range(tmp_path: Path, key: str, value: Any, part
     assert message.startswith(f"the command line: {key.replace('_', '-')} ")
     assert part in message
     assert caught.value.exit_code == 2
+
+
+def test_files_in_the_table_start_from_its_folder_and_those_of_an_option_do_not(tmp_path: Path) -> None:
+    text = """
+    [train]
+    loss = "own/loss.onnx"
+    before = "hooks.py:log"
+    after = "/elsewhere/hooks.py:log"
+    [compress]
+    trainer = "torch_trainer.py:train"
+    """
+    config = load_config(written(tmp_path, text), {"before": "mine.py:log"})
+    assert config.train.loss == str(tmp_path / "own" / "loss.onnx")
+    assert config.train.before == "mine.py:log"
+    assert config.train.after == "/elsewhere/hooks.py:log"
+    assert config.trainer == f"{tmp_path / 'torch_trainer.py'}:train"
+    command = "command: python train.py {candidate} {trained}"
+    assert load_config(written(tmp_path, f'[compress]\ntrainer = "{command}"'), {}).trainer == command
+
+
+def test_sgd_needs_a_learning_rate(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="command line: optimizer sgd needs a learning-rate"):
+        load_config(None, {"optimizer": "sgd"})
+    assert load_config(None, {"optimizer": "sgd", "learning_rate": 0.1}).train.learning_rate == 0.1
 
 
 def test_refuses_an_option_that_does_not_exist() -> None:

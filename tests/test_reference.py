@@ -22,7 +22,7 @@ from onnxneutrino.plan import Choice
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = (DOCS / "reference.md").read_text(encoding="utf-8")
 # What the TOML file leaves out: folders that follow from where the file is, and what a single run is told.
-NOT_IN_TOML = {"base", "data", "metric", "metric_base", "dry_run", "clock"}
+NOT_IN_TOML = {"base", "data", "train", "metric", "metric_base", "dry_run", "clock"}
 SHARED = "Options of every command"
 
 
@@ -120,10 +120,11 @@ def test_defaults_of_options_are_those_of_a_run() -> None:
     assert {"stage", "objective", "time_limit", "max_params", "labels", "trainer", "confidence", "seed"} <= seen
 
 
-@pytest.mark.parametrize("table", ["data", "metric", "compress"])
+@pytest.mark.parametrize("table", ["data", "metric", "train", "compress"])
 def test_toml_keys(table: str, tmp_path: Path) -> None:
     """Every key there is, and the defaults as they stand on the page make the same run as none."""
-    kind = {"data": config.DataConfig, "metric": None, "compress": config.Config}[table]
+    kinds = {"data": config.DataConfig, "metric": None, "train": config.TrainConfig, "compress": config.Config}
+    kind = kinds[table]
     keys = {"name"} if kind is None else {own.name for own in dataclasses.fields(kind)} - NOT_IN_TOML
     listed = rows(f"`[{table}]`")
     assert set(listed) == {key.replace("_", "-") for key in keys}

@@ -22,7 +22,8 @@ LONGEST = 400
 # any single pass, `passes` the tuples in passes/__init__.py, `` the package's own __init__.py.
 TIERS = (
     ("errors", "heap", "json_values", "events", "html_style", "html_elements"),
-    ("quantities", "prefetch", "schedules"),
+    ("quantities", "prefetch", "schedules", "data_function"),
+    ("config_checks",),
     ("plan", "config", "walk", "clock", "ladder", "recovery"),
     ("differentiable", "conv_geometry"),
     ("weights", "sharing"),
@@ -30,7 +31,7 @@ TIERS = (
     ("opset_down",),
     ("storage", "spool"),
     ("graph", "moments", "formats"),
-    ("affine", "rewrite", "resampling", "cost", "factor_fit", "data_values", "data_function", "runtime"),
+    ("affine", "rewrite", "resampling", "cost", "factor_fit", "data_values", "runtime"),
     ("factor_shared", "reductions", "factor_channel", "data_checks", "verdict", "blocked_layout", "phases"),
     ("factor_spatial", "factor_tucker", "factor_cp", "data_images", "data_loader", "metrics", "gradient_graph"),
     ("console",),
