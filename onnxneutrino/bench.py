@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Candidate:
         trained: seconds of fine-tuning behind it, those of its predecessors included.
         stage: 1 or 2.
         seconds: wall time it took to make, train and measure.
+        refused: by the user's own function, whatever its drop.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Candidate:
     trained: float = 0.0
     stage: int = 1
     seconds: float = 0.0
+    refused: bool = False
 
 
 class Bench(Protocol):
@@ -98,11 +101,12 @@ class Settings:
 
 
 Record = Callable[[Candidate], Candidate]
+Tell = Callable[[Candidate, bool], bool | None]  # a measured candidate, and whether it is accepted; False refuses it
 
 
 def accepted(candidate: Candidate, settings: Settings) -> bool:
-    """`drop + z · standard error <= delta` on the deciding images (design 3.11)."""
-    return upper(candidate, settings) <= settings.delta
+    """`drop + z · standard error <= delta` on the deciding images (design 3.11), and the user does not refuse it."""
+    return not candidate.refused and upper(candidate, settings) <= settings.delta
 
 
 def upper(candidate: Candidate, settings: Settings) -> float:
@@ -116,13 +120,14 @@ def drops_by_cost(candidates: Sequence[Candidate]) -> list[tuple[float, float]]:
     return [(own.cost, own.drop.value) for own in candidates if own.drop is not None]
 
 
-def recorder(settings: Settings, tell: Callable[[Candidate, bool], None]) -> tuple[list[Candidate], Record]:
-    """A list of candidates, and what puts a measured one at its end and tells of it."""
+def recorder(settings: Settings, tell: Tell) -> tuple[list[Candidate], Record]:
+    """A list of candidates, and what tells of a measured one and puts it at the list's end."""
     tried: list[Candidate] = []
 
     def record(candidate: Candidate) -> Candidate:
+        if tell(candidate, accepted(candidate, settings)) is False:
+            candidate = dataclasses.replace(candidate, refused=True)
         tried.append(candidate)
-        tell(candidate, accepted(candidate, settings))
         return candidate
 
     return tried, record

@@ -15,26 +15,29 @@ from threadpoolctl import threadpool_limits
 from onnxneutrino import large, metrics, prepare
 from onnxneutrino.agreement import EXAMPLES, compared
 from onnxneutrino.bench import Candidate, Settings
+from onnxneutrino.blocks import Block
 from onnxneutrino.chain_latency import LatencyTable, measure
 from onnxneutrino.choice import choose
 from onnxneutrino.clock import now, recording
 from onnxneutrino.config import Config
 from onnxneutrino.data import Dataset, Deciding, Inputs, deciding
 from onnxneutrino.errors import TrainingError
+from onnxneutrino.external import load_external
 from onnxneutrino.figures import figures, rest_cost
 from onnxneutrino.formats import format_metric
+from onnxneutrino.hooks import Hooks
 from onnxneutrino.layer_options import GOAL, Objective, Target
 from onnxneutrino.normalize import normalize
 from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.phases import Phases, Tell
 from onnxneutrino.plan import Frozen, Layer
-from onnxneutrino.report import CandidateRow, Report, Sensitivity, TargetRow
+from onnxneutrino.report import REFUSED, CandidateRow, Report, Sensitivity, TargetRow
 from onnxneutrino.runtime import Runner, runtime_conflict
 from onnxneutrino.search import search
 from onnxneutrino.summary import candidate_row, candidate_told, frozen_told, make_report, sensitivity_rows
 from onnxneutrino.target_search import search_targets
 from onnxneutrino.task import FineTune, Marked, Network, Task, build, trainable_initializers
-from onnxneutrino.training_plan import plan_training
+from onnxneutrino.training_plan import TrainingPlan, plan_training
 from onnxneutrino.workbench import Workbench
 
 CALIBRATION_SHARE = 0.1
@@ -96,6 +99,7 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     warnings = [conflict] if conflict else []
     opened = prepare.open_model(model, name, config)
     prepare.check_main_graph(opened)
+    hooks, external = Hooks(config.train), load_external(config.trainer)
     config, metric, dataset = prepare.settled(opened, config)
     judges = deciding(dataset, config.seed, config.data.path)
     warnings.extend(dataset.warnings)
@@ -116,6 +120,7 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     clock.say(f"{name}: {metric.name} {format_metric(value)} on {len(rows)} test examples")
     objective = make_objective(marked, config, judges, clock)
     task = make_task(marked, config, metric, dataset, judges, rows, batch, objective)
+    task = dataclasses.replace(task, external=external)
     settings = Settings(
         delta=config.largest_drop,
         z=NormalDist().inv_cdf(config.confidence),
@@ -136,7 +141,8 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
         if settings.train:
             clock.phase("check gradients")
             task = with_training(task, config, warnings)
-        found = _searched(task, dataclasses.replace(settings, train=task.training is not None), value, reserve, clock)
+        able = dataclasses.replace(settings, train=task.training is not None)
+        found = _searched(task, able, value, reserve, clock, hooks)
     clock.phase("verify")
     warnings.extend(found.warnings)
     chosen = choose(found.candidates, settings, task, rows, judges, opened.model, warnings)
@@ -177,30 +183,39 @@ class Found:
     warnings: tuple[str, ...] = ()
 
 
-def _searched(task: Task, settings: Settings, value: float, reserve: float, clock: Phases) -> Found:
+def _searched(task: Task, settings: Settings, value: float, reserve: float, clock: Phases, hooks: Hooks) -> Found:
     """Calibrate and search; `value` is the original's metric, `reserve` the seconds that verification takes."""
     warnings = large.notes(task.layers, task.training is not None)
     clock.phase("calibrate")
     seconds = CALIBRATION_SHARE * settings.time_limit
-    bench = Workbench(task, seconds, lambda what, share: clock.tell(what), clock.watch)
+
+    def before(candidate: Candidate) -> None:
+        hooks.before(candidate, bench.full_cost, lambda: build(task, candidate.network))
+
+    bench = Workbench(task, seconds, lambda what, share: clock.tell(what), clock.watch, before=before)
     clock.say(f"calibrated {len(task.layers)} layers on {bench.calibration_images} inputs", aside=True)
     clock.phase("search")
     tried: list[CandidateRow] = []
 
-    def note(candidate: Candidate, ok: bool) -> None:
+    def note(candidate: Candidate, ok: bool) -> bool:
+        refused = hooks.after(candidate, bench.full_cost, ok, lambda: build(task, candidate.network))
+        ok = ok and not refused
         smallest = ok and not any(row.accepted and row.cost <= candidate.cost for row in tried)
-        tried.append(candidate_row(candidate, ok, task, value))
+        tried.append(candidate_row(candidate, ok, task, value, task.recipe.after if refused else ""))
         told = candidate_told(candidate, bench.full_cost)
-        clock.say(f"{candidate.name}: {told}, {'accepted' if ok else 'refused'}", best=told if smallest else "")
+        verdict = f"{REFUSED}{task.recipe.after}" if refused else "accepted" if ok else "refused"
+        clock.say(f"{candidate.name}: {told}, {verdict}", best=told if smallest else "")
+        return not refused
 
     find = search_targets if settings.goal else search
     candidates = find(bench, settings, lambda: clock.left - reserve, note)
     tuner = bench.tuner
-    warnings = [*warnings, *tuner.warnings]
+    warnings = [*warnings, *tuner.warnings, *hooks.warnings]
     if settings.train and not (settings.dry_run or tuner.fine_tunes or tuner.warnings):
         warnings.append(f"no network was fine-tuned: --time-limit {settings.time_limit:g}s left no time; give more")
     for own in tuner.fine_tunes:
-        clock.say(f"{own.name}: {own.steps} steps of {own.batch}, learning rate {own.learning_rate:.2g}", aside=True)
+        how = f"{own.steps} steps of {own.batch}, learning rate {own.learning_rate:.2g}" if own.steps else "elsewhere"
+        clock.say(f"{own.name}: {how}", aside=True)
     least = bench.least_of_targets if settings.goal else ()
     curves = sensitivity_rows(bench.known_sensitivities)
     return Found(tuple(candidates), tuple(tried), tuple(tuner.fine_tunes), least, curves, tuple(warnings))
@@ -299,6 +314,11 @@ def make_objective(marked: Marked, config: Config, judges: Deciding, clock: Phas
 
 def with_training(task: Task, config: Config, warnings: list[str]) -> Task:
     """The task with the way in which it is trained; without one, and a warning, where nothing can be."""
+    if task.external is not None:
+        if large.is_large(task.layers):
+            raise TrainingError(f"{task.external.name}: too large a model to be handed on; use --trainer reconstruct")
+        whole = Block(tuple(layer.name for layer in task.layers), task.loss.outputs, reconstructed=False)
+        return dataclasses.replace(task, training=TrainingPlan(task.loss, (whole,)))
     first = next(iter(task.train.batches(task.batch, seed=task.seed, augment=True)))
     try:
         plan = plan_training(

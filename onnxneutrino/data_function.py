@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable
@@ -36,6 +37,14 @@ class UserFunction:
     def failure(self, error: BaseException) -> NeutrinoError:
         """Return the one line for an exception out of the user's code."""
         return self.error(f"{_place(error, self.path)}: {self.name} failed with {describe(error)}")
+
+    def wrong(self, what: str) -> NeutrinoError:
+        """Return the one line for what the function gave back, such as "must return a number, not None"."""
+        try:
+            place = f"{self.path}, line {inspect.getsourcelines(self.function)[1]}"
+        except (OSError, TypeError):  # an object that can be called has no line of its own
+            place = str(self.path)
+        return self.error(f"{place}: {self.name} {what}")
 
 
 def is_function(reference: str) -> bool:

@@ -101,6 +101,8 @@ def training(report: Report) -> Html:
 
 
 def _told(own: Training) -> str:
+    if not own.steps:
+        return "trained elsewhere"
     rate = format_metric(own.learning_rate)
     return f"{format_exact(own.steps)} steps, batch {format_exact(own.batch_size)}, learning rate {rate}"
 

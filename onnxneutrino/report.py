@@ -16,6 +16,7 @@ from onnxneutrino.errors import UsageError
 from onnxneutrino.json_values import MismatchError, decode, plain
 from onnxneutrino.plan import Choice, Frozen
 
+REFUSED = "refused by "  # in the note of a candidate, before the user's function
 # The metric that each objective makes small, and each hard target bounds.
 COST_FIELDS = {
     "params": "params",
@@ -181,10 +182,10 @@ class Training:
 
     Attributes:
         name: of the candidate that was trained.
-        steps: of the optimizer.
+        steps: of the optimizer; 0 where it was trained elsewhere.
         batch_size: examples of one step.
         threads: how many computed.
-        learning_rate: peak of AdamW's.
+        learning_rate: its peak; NaN where it was trained elsewhere.
         curve: loss and metric along the way.
         floor: what the metric of the curve's points must reach, delta below the original on the same images.
     """

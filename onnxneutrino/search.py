@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from onnxneutrino.bench import Bench, Candidate, Record, Settings, accepted, drops_by_cost, recorder
+from onnxneutrino.bench import Bench, Candidate, Record, Settings, Tell, accepted, drops_by_cost, recorder
 from onnxneutrino.ladder import NOISE, Ladder
 from onnxneutrino.recovery import HALF_STEPS, left, secant
 from onnxneutrino.spend import AIM, FINEST_RATIO, trim
@@ -52,7 +52,7 @@ def search(
     bench: Bench,
     settings: Settings,
     time_left: Callable[[], float],
-    tell: Callable[[Candidate, bool], None] = lambda candidate, ok: None,
+    tell: Tell = lambda candidate, ok: None,
 ) -> list[Candidate]:
     """Run stage 1 and, where asked for, stage 2.
 
@@ -60,7 +60,7 @@ def search(
         bench: the network.
         settings: delta, confidence and time.
         time_left: seconds until the time limit, verification already taken off.
-        tell: called with every measured candidate and whether it was accepted.
+        tell: called with every measured candidate and whether it is accepted; False refuses it.
 
     Returns:
         Every measured candidate, in the order tried.
@@ -172,6 +172,7 @@ def fine_tune(
     seconds = min(seconds, time_left())
     if seconds <= 0:
         return None
+    candidate = dataclasses.replace(candidate, stage=stage)
     result = bench.trained(candidate, seconds, name, max(HOPELESS * settings.delta, untrained) or math.inf)
     return None if result is None else record(bench.measured(dataclasses.replace(result, stage=stage)))
 

@@ -22,6 +22,7 @@ from onnxneutrino.data import Deciding, Inputs
 from onnxneutrino.formats import format_metric, format_ratio
 from onnxneutrino.plan import Choice, Frozen
 from onnxneutrino.report import (
+    REFUSED,
     CandidateRow,
     CurvePoint,
     DecidingImages,
@@ -72,9 +73,11 @@ def interval(metric: metrics.Metric, original: NDArray[Any], own: NDArray[Any], 
     return Interval(drop.value, drop.low, drop.high)
 
 
-def candidate_row(candidate: Candidate, ok: bool, task: Task, original: float) -> CandidateRow:
-    """One line of the report's list of candidates."""
+def candidate_row(candidate: Candidate, ok: bool, task: Task, original: float, refused_by: str = "") -> CandidateRow:
+    """One line of the report's list of candidates; `refused_by` is the user's function that did."""
     drop = candidate.drop
+    notes = [f"{REFUSED}{refused_by}"] if refused_by else []
+    notes += [] if candidate.trained else [f"divergence {candidate.divergence:.4g}, untrained"]
     sign = 1.0 if task.metric.higher_is_better else -1.0
     return CandidateRow(
         name=candidate.name,
@@ -85,7 +88,7 @@ def candidate_row(candidate: Candidate, ok: bool, task: Task, original: float) -
         trained=candidate.trained > 0,
         seconds=candidate.seconds,
         accepted=ok,
-        note=f"divergence {candidate.divergence:.4g}, untrained" if not candidate.trained else "",
+        note="; ".join(notes),
     )
 
 

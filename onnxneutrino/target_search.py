@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from onnxneutrino.bench import Bench, Candidate, Settings, accepted, drops_by_cost, recorder
+from onnxneutrino.bench import Bench, Candidate, Settings, Tell, accepted, drops_by_cost, recorder
 from onnxneutrino.ladder import Ladder
 from onnxneutrino.layer_options import GOAL
 from onnxneutrino.search import FIRST, LEAST_SHARE, PLAN_SHARE, descend, fine_tune, narrow, walk_ladder
@@ -26,7 +26,7 @@ def search_targets(
     bench: Bench,
     settings: Settings,
     time_left: Callable[[], float],
-    tell: Callable[[Candidate, bool], None] = lambda candidate, ok: None,
+    tell: Tell = lambda candidate, ok: None,
 ) -> list[Candidate]:
     """Make the network that meets the targets, and where it is not within delta the smallest that is.
 
@@ -34,7 +34,7 @@ def search_targets(
         bench: the network, its costs in shares of the targets.
         settings: `goal` is 1; `delta` is infinite where any drop will do.
         time_left: seconds until the time limit, verification already taken off.
-        tell: called with every measured candidate and whether it was accepted.
+        tell: called with every measured candidate and whether it is accepted; False refuses it.
 
     Returns:
         Every measured candidate, in the order tried.
@@ -66,8 +66,8 @@ def search_targets(
     known = trained if any(accepted(candidate, settings) for candidate in trained) else trained[:1]
 
     def learned(candidate: Candidate) -> Candidate:
-        known.append(candidate)
-        return record(candidate)
+        known.append(record(candidate))
+        return known[-1]
 
     shares = (REST_SHARE * time_left() / settings.time_limit, 0.0)  # the last step has what is left
     descend(bench, settings, shares, time_left, learned, known, ladder)

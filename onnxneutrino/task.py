@@ -12,6 +12,7 @@ from onnx import ModelProto
 from onnxneutrino import finetune, metrics
 from onnxneutrino.config import TrainConfig
 from onnxneutrino.data import Split
+from onnxneutrino.external import External
 from onnxneutrino.factors import Factors
 from onnxneutrino.graph import TensorType, with_arrays
 from onnxneutrino.graph import arrays as graph_arrays
@@ -65,6 +66,7 @@ class Task:
         labels: train with labels where there are some.
         training: how it is trained; None where it is not.
         recipe: the user's wishes for it.
+        external: the user's own training loop; None for the project's.
     """
 
     model: ModelProto
@@ -88,6 +90,7 @@ class Task:
     labels: bool
     training: TrainingPlan | None = None
     recipe: TrainConfig = field(default_factory=TrainConfig)
+    external: External | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +105,8 @@ class Network:
 class FineTune:
     """One fine-tune, for the report: what was run, the loss of every step, and the metric after some of them.
 
-    `floor` is what the metric must reach on the images that it was looked at with, None without a delta.
+    Of the user's own training loop nothing is known: no steps, no learning rate (NaN). `floor` is what the metric must
+    reach on the images that it was looked at with, None without a delta.
     """
 
     name: str

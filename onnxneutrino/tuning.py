@@ -18,6 +18,7 @@ from onnxneutrino.calibrate import Keep, in_place
 from onnxneutrino.data import Split
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.events import TrainingStatus
+from onnxneutrino.external import External
 from onnxneutrino.groups import GroupTraining, grouped
 from onnxneutrino.large import GROUP_BYTES
 from onnxneutrino.losses import Loss
@@ -135,6 +136,8 @@ class Tuner:
             lessons.student = self._fed(self._learned(network, arrays))
 
         looks = Looks(task, lambda arrays: self._learned(network, arrays), hopeless)
+        if task.external is not None:
+            return self._elsewhere(task.external, network, graph, names, seconds, name)
         try:
             copy = training_copy(graph, task.batch, task.types)
             check_training_copy(graph, copy, next(source).inputs, task.threads)
@@ -163,17 +166,32 @@ class Tuner:
             self.warnings.append(f"{name}: {error}; the candidate is dropped")
             return None
         self.fine_tunes.append(looks.record(name, result))
-        better = self._better(network, mended(self._learned(network, result.arrays)))
-        if better is network:
-            self.warnings.append(f"{name}: the metric fell; the weights before it were kept")
-        return better
+        return self._kept(network, mended(self._learned(network, result.arrays)), name)
+
+    def _elsewhere(
+        self, external: External, network: Network, graph: ModelProto, names: Sequence[str], seconds: float, name: str
+    ) -> Network | None:
+        """As `tuned`, by the user's own training loop.
+
+        Raises:
+            TrainingError: it failed where it had not worked before.
+        """
+        try:
+            arrays = external.trained(graph, self.task.batched, names, seconds)
+        except TrainingError as error:
+            if not self.fine_tunes:
+                raise
+            self.warnings.append(f"{name}: {error}; the candidate is dropped")
+            return None
+        self.fine_tunes.append(FineTune(name, 0, self.task.batch, math.nan, ()))
+        return self._kept(network, self._learned(network, arrays), name)
 
     def step_seconds(self, network: Network) -> float:
         """Wall time of one training step of a network, lessons included; infinite where it cannot be trained.
 
-        A large network's blocks are trained apart, for which this says nothing: 0.
+        A large network's blocks are trained apart, and others may be trained elsewhere, for which this says nothing: 0.
         """
-        if self._keep is not None:
+        if self._keep is not None or self.task.external is not None:
             return 0.0
         task = self.task
         graph = build(task, network, batched=True)
@@ -243,6 +261,13 @@ class Tuner:
         held = {n for name, own in factors.items() for n in stage_names(self._layers[name], own)}
         others = {name: array for name, array in arrays.items() if name not in held}
         return Network(factors, {**network.arrays, **others})
+
+    def _kept(self, before: Network, after: Network, name: str) -> Network:
+        """The better one; a warning where training was in vain."""
+        better = self._better(before, after)
+        if better is before:
+            self.warnings.append(f"{name}: the metric fell; the weights before it were kept")
+        return better
 
     def _better(self, before: Network, after: Network) -> Network:
         """`before` where `after` scores worse by more than its error, on held-out training images and deciding ones.

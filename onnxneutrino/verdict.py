@@ -7,7 +7,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from onnxneutrino.formats import format_metric, format_percent, format_ratio
-from onnxneutrino.report import COST_FIELDS, CandidateRow, Report, ratio
+from onnxneutrino.report import COST_FIELDS, REFUSED, CandidateRow, Report, ratio
 
 UNCERTAIN = 0.5  # of delta, that the uncertainty of the drop alone takes
 FROZEN = 0.5  # of what is left, in layers that stay as they are
@@ -69,6 +69,11 @@ def _limits(report: Report) -> tuple[str, str]:
     if refused is not None and report.delta is not None:
         whole = getattr(report.original, COST_FIELDS[report.objective])
         size = "" if report.targets else f", {format_ratio(ratio(whole, refused.cost))} smaller,"
+        if refused.note.startswith(REFUSED):
+            return (
+                f"Your function: the next network tried{size} was {refused.note}.",
+                "Look at what it asks for.",
+            )
         return (
             f"Delta: the next network tried{size} lost {format_metric(refused.drop)}.",
             f"{longer}. Or a larger --delta.",

@@ -55,6 +55,7 @@ class Workbench:
         tell: Callable[[str, float], None] = lambda what, share: None,
         watch: Callable[[TrainingStatus], None] = lambda status: None,
         images: int | None = None,
+        before: Callable[[Candidate], None] = lambda candidate: None,
     ) -> None:
         """Run the original on the probe images and calibrate every layer.
 
@@ -64,9 +65,11 @@ class Workbench:
             tell: progress: what is being done, and the share of it that is finished.
             watch: called while a candidate is trained.
             images: calibration images; None for as many as the layers need.
+            before: called with a candidate before it is trained.
         """
         self.task = task
         self._tell = tell
+        self._before = before
         self._layers = {layer.name: layer for layer in task.layers}
         self._teacher = Runner(task.batched, task.loss.outputs, threads=task.threads)
         self._keep = Spool().keep if is_large(task.layers) else None
@@ -297,6 +300,7 @@ class Workbench:
 
     def trained(self, candidate: Candidate, seconds: float, name: str, hopeless: float = math.inf) -> Candidate | None:
         """Fine-tune all that can be trained; None, with a warning, when the loss does not stay finite."""
+        self._before(dataclasses.replace(candidate, name=name))
         start = clock.now()
         network = self.tuner.tuned(
             candidate.network, seconds, name, hopeless, lambda learned: self._mended(learned, name)
