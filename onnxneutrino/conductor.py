@@ -28,6 +28,7 @@ from onnxneutrino.formats import format_metric
 from onnxneutrino.hooks import Hooks
 from onnxneutrino.layer_options import GOAL, Objective, Target
 from onnxneutrino.normalize import normalize
+from onnxneutrino.own_loss import OwnLoss, load_loss, prepared
 from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.phases import Phases, Tell
 from onnxneutrino.plan import Frozen, Layer
@@ -99,7 +100,7 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     warnings = [conflict] if conflict else []
     opened = prepare.open_model(model, name, config)
     prepare.check_main_graph(opened)
-    hooks, external = Hooks(config.train), load_external(config.trainer)
+    hooks, external, own = Hooks(config.train), load_external(config.trainer), load_loss(config.train.loss)
     config, metric, dataset = prepare.settled(opened, config)
     judges = deciding(dataset, config.seed, config.data.path)
     warnings.extend(dataset.warnings)
@@ -140,7 +141,7 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     else:
         if settings.train:
             clock.phase("check gradients")
-            task = with_training(task, config, warnings)
+            task = with_training(task, config, warnings, own)
         able = dataclasses.replace(settings, train=task.training is not None)
         found = _searched(task, able, value, reserve, clock, hooks)
     clock.phase("verify")
@@ -312,27 +313,39 @@ def make_objective(marked: Marked, config: Config, judges: Deciding, clock: Phas
     )
 
 
-def with_training(task: Task, config: Config, warnings: list[str]) -> Task:
-    """The task with the way in which it is trained; without one, and a warning, where nothing can be."""
+def with_training(task: Task, config: Config, warnings: list[str], own: OwnLoss | None = None) -> Task:
+    """The task with the way in which it is trained; without one, and a warning, where nothing can be.
+
+    Raises:
+        TrainingError: nothing can be trained in the way that the user asks for.
+    """
     if task.external is not None:
         if large.is_large(task.layers):
             raise TrainingError(f"{task.external.name}: too large a model to be handed on; use --trainer reconstruct")
         whole = Block(tuple(layer.name for layer in task.layers), task.loss.outputs, reconstructed=False)
         return dataclasses.replace(task, training=TrainingPlan(task.loss, (whole,)))
     first = next(iter(task.train.batches(task.batch, seed=task.seed, augment=True)))
+    loss, labels = task.loss, first.targets if task.labels else None
+    if own is not None:
+        names = prepare.float_outputs(task.model, task.types)
+        outputs = Runner(task.batched, names, threads=task.threads)(first.inputs)
+        loss = prepared(own, dict(zip(names, outputs, strict=True)), labels, task.threads)
     try:
         plan = plan_training(
             task.batched,
             task.types,
             task.layers,
             task.trainable,
-            task.loss,
+            loss,
             first.inputs,
             batch=task.batch,
             reconstruct=config.trainer == "reconstruct",
             threads=task.threads,
+            labels=labels,
         )
     except TrainingError as error:
+        if own is not None:
+            raise
         warnings.append(f"nothing is fine-tuned, factors and refit only: {error}")
         return task
     warnings.extend(plan.warnings)

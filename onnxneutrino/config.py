@@ -203,6 +203,9 @@ def load_config(model_path: Path | None, overrides: Mapping[str, Any]) -> Config
     if train.get("optimizer") == "sgd" and train.get("learning_rate") is None:
         where = sources["optimizer"]
         raise UsageError(f"{where}: optimizer sgd needs a learning-rate; only that of adamw is found by a range test")
+    if train.get("loss") and top.get("trainer", "ort") not in ("ort", "none"):
+        where, trainer = sources["loss"], top["trainer"]
+        raise UsageError(f"{where}: loss goes with --trainer ort alone; '{trainer}' does not train by it")
     if not top.get("threads"):
         top["threads"] = available_cores()
     return Config(data=DataConfig(**data), train=TrainConfig(**train), **top)

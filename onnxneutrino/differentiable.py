@@ -19,6 +19,7 @@ TRAINABLE_OPERATORS = frozenset((
     "Slice", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Tile", "Gather",
     "Where", "TopK", "Add", "Sub", "Mul", "Div", "Pow", "Exp", "Log", "Sqrt", "Abs", "Neg", "Erf", "Sin", "Cos",
     "Identity", "Cast", "Dropout", "Constant", "GatherElements", "GatherND", "ScatterElements", "ScatterND", "Trilu",
+    "SoftmaxCrossEntropyLoss",
 ))
 # Their output is a mask, an index, a shape or made of these: no gradient is asked through them.
 WITHOUT_DERIVATIVE = frozenset((

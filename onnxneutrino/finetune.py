@@ -204,6 +204,11 @@ def _training_package() -> tuple[Any, Any, Any]:
     return artifacts, onnxblock, api
 
 
+def onnxblocks() -> Any:
+    """ONNX Runtime's `onnxblock`; from then on a user's file can import it as `onnxruntime.training.onnxblock`."""
+    return _training_package()[1]
+
+
 def _artifacts(
     model: ModelProto, trainable: Sequence[str], folder: Path, threads: int, optimizer: str
 ) -> tuple[Any, Any, Any]:

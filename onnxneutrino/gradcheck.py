@@ -14,7 +14,7 @@ import numpy as np
 from onnx import ModelProto, helper
 
 from onnxneutrino.finetune import Arrays, Example, Trainer, consumed
-from onnxneutrino.graph import arrays
+from onnxneutrino.graph import arrays, element_dtype
 from onnxneutrino.losses import Loss, loss_inputs, with_loss
 from onnxneutrino.runtime import Runner
 from onnxneutrino.weights import array
@@ -137,6 +137,7 @@ def loss_function(model: ModelProto, names: Sequence[str], loss: Loss, example: 
     """The loss of one batch as a function of these initializers; those it is not given keep their values."""
     graph_model, feeds = with_loss(model, loss)
     graph = graph_model.graph
+    kinds = {value.name: element_dtype(value.type.tensor_type.elem_type) for value in graph.input}
     moved = set(consumed(graph_model, names))
     start = {tensor.name: array(tensor) for tensor in graph.initializer if tensor.name in moved}
     left = [tensor for tensor in graph.initializer if tensor.name not in moved]
@@ -150,7 +151,7 @@ def loss_function(model: ModelProto, names: Sequence[str], loss: Loss, example: 
     graph.initializer.extend(kept)
     runner = Runner(graph_model, threads=threads)
     values = {**example.inputs, **loss_inputs(loss, example.teacher, example.labels)}
-    fixed = {name: values[name] for name in feeds}
+    fixed = {name: np.asarray(values[name], kinds[name]) for name in feeds}
 
     def loss_at(own: Mapping[str, np.ndarray]) -> float:
         given = {name: np.asarray(own.get(name, start[name]), start[name].dtype) for name in start}

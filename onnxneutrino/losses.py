@@ -3,25 +3,28 @@
 `classes`: cross entropy with the labels plus the teacher's softened probabilities (Hinton et al. 2015,
 "Distilling the Knowledge in a Neural Network"). `values`: squared error to the teacher's outputs. Beside either,
 tensors within the graph can be learned from the teacher's (block reconstruction, Li et al. 2021, "BRECQ"), and others
-taken from the teacher instead of being computed.
+taken from the teacher instead of being computed. `own`: a graph of the user's (`own_loss.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import onnx
+import onnx.compose
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
-from onnxneutrino.errors import TrainingError
-from onnxneutrino.graph import capped_ir, drop_unused, inferred, replace_uses
+from onnxneutrino.errors import ModelError, TrainingError
+from onnxneutrino.graph import capped_ir, convert_opset, drop_unused, inferred, opset, real_inputs, replace_uses
 from onnxneutrino.plan import Array
 
 PREFIX = "onnxneutrino/"
+TEACHER, LABELS = "teacher/", "labels"  # inputs of a loss of the user's, beside the outputs themselves
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Loss:
 
     Attributes:
         kind: `classes`: cross entropy with the labels plus the teacher's softened probabilities (Hinton et
-            al. 2015); `values`: squared error to the teacher's outputs.
+            al. 2015); `values`: squared error to the teacher's outputs; `own`: the user's graph.
         outputs: tensors of the graph it is taken on: the logits, or all float outputs. Empty where no gradient
             reaches them.
         label_weight: share of the labels in `classes`, 0 to 1; 0 trains on the teacher alone.
@@ -39,15 +42,18 @@ class Loss:
         fed: tensors whose readers are given the teacher's: no gradient passes there.
         scales: factors of the squared errors, of `outputs` (of kind `values`) and then `reconstructed`; empty for
             ones.
+        graph: of kind `own`, a serialized model: its inputs are some of `outputs`, the original's as
+            `teacher/<output>`, and `labels`; its one output is a scalar.
     """
 
-    kind: Literal["classes", "values"]
+    kind: Literal["classes", "values", "own"]
     outputs: tuple[str, ...]
     label_weight: float = 0.3
     temperature: float = 3.0
     reconstructed: tuple[str, ...] = ()
     fed: tuple[str, ...] = ()
     scales: tuple[float, ...] = ()
+    graph: bytes = field(default=b"", repr=False)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -67,6 +73,9 @@ def loss_inputs(loss: Loss, teacher: Sequence[NDArray[Any]], labels: NDArray[Any
         f"{PREFIX}target{index}": np.asarray(values[name], np.float32) for index, name in enumerate(loss.squared)
     }
     given.update({f"{PREFIX}fed{index}": np.asarray(values[name]) for index, name in enumerate(loss.fed)})
+    if loss.kind == "own":
+        given.update({f"{PREFIX}{TEACHER}{name}": np.asarray(values[name]) for name in loss.outputs})
+        return given if labels is None else {**given, f"{PREFIX}{LABELS}": labels}
     if loss.kind == "values" or not loss.outputs:
         return given
     logits = rows(teacher[0])
@@ -81,12 +90,14 @@ def loss_inputs(loss: Loss, teacher: Sequence[NDArray[Any]], labels: NDArray[Any
 def teacher_loss(loss: Loss, teacher: Sequence[NDArray[Any]], given: Mapping[str, NDArray[Any]]) -> float:
     """The loss of the teacher itself: a student that computes the same has this one, and not 0.
 
+    Of a loss of the user's it is not known, and taken as 0.
+
     Args:
         loss: what is learned.
         teacher: its tensors, in the order of `Loss.tensors`.
         given: values of `loss_inputs`.
     """
-    if loss.kind == "values" or not loss.outputs:
+    if loss.kind != "classes" or not loss.outputs:
         return 0.0
     logits = rows(teacher[0])
     terms = given[f"{PREFIX}hard"] * log_softmax(logits) + given[f"{PREFIX}soft"] * log_softmax(
@@ -116,11 +127,12 @@ def with_loss(model: ModelProto, loss: Loss) -> tuple[ModelProto, list[str]]:
     """The model with the loss as its only output, and the names of its inputs in order.
 
     `classes`: `-(1/B) Σ [hard · log softmax(z) + soft · log softmax(z/T)]`, the weights in `hard` and `soft`.
-    Squared errors: the mean over their tensors of `scale · mean((y - t)²)`. Both are added. What the loss does not
-    depend on is dropped.
+    Squared errors: the mean over their tensors of `scale · mean((y - t)²)`. `own`: the nodes of the user's graph. All
+    are added. What the loss does not depend on is dropped.
 
     Raises:
-        TrainingError: the shape of a tensor that is learned or fed is unknown.
+        TrainingError: the shape of a tensor that is learned or fed is unknown, or the user's graph has operators that
+            the opset of the model lacks.
     """
     copy = capped_ir(model)
     graph = copy.graph
@@ -160,6 +172,20 @@ def with_loss(model: ModelProto, loss: Loss) -> tuple[ModelProto, list[str]]:
             nodes.append(helper.make_node("ReduceSum", [product], [total], keepdims=0))
             nodes.append(helper.make_node("Mul", [total, constant(f"{PREFIX}{kind}_scale", -1.0 / batch)], [term]))
             terms.append(term)
+    if loss.kind == "own":
+        part = _own_graph(loss, opset(model))
+        for value in real_inputs(part):
+            name = value.name.removeprefix(PREFIX)
+            if name == LABELS:
+                value.type.tensor_type.shape.dim[0].dim_value = batch
+                graph.input.append(value)
+            else:
+                taught = name not in loss.outputs
+                source = add_input(value.name, name.removeprefix(TEACHER)) if taught else name
+                replace_uses(part.graph, value.name, source)
+        nodes.extend(part.graph.node)
+        graph.initializer.extend(part.graph.initializer)
+        terms.append(part.graph.output[0].name)
     scales = loss.scales or (1.0,) * len(loss.squared)
     for index, (output, scale) in enumerate(zip(loss.squared, scales, strict=True)):
         target = add_input(f"{PREFIX}target{index}", output)
@@ -183,6 +209,16 @@ def with_loss(model: ModelProto, loss: Loss) -> tuple[ModelProto, list[str]]:
     graph.output.append(helper.make_tensor_value_info(f"{PREFIX}loss", TensorProto.FLOAT, []))
     copy = drop_unused(copy)
     return copy, [value.name for value in copy.graph.input]
+
+
+def _own_graph(loss: Loss, target: int | None) -> ModelProto:
+    """The user's graph in the opset of the model, all its names behind the prefix."""
+    part = ModelProto.FromString(loss.graph)
+    try:
+        part = part if target is None else convert_opset(part, target)
+    except ModelError as error:
+        raise TrainingError(f"the loss: {error}") from error
+    return onnx.compose.add_prefix(part, PREFIX)
 
 
 def _types(model: ModelProto) -> dict[str, tuple[int, list[int]]]:

@@ -185,11 +185,16 @@ def choose_loss(model: ModelProto, types: Mapping[str, TensorType], config: Conf
         producer = next((node for node in model.graph.node if first in node.output), None)
         logits = producer.input[0] if producer is not None and producer.op_type == "Softmax" else first
         return Loss("classes", (logits,))
-    names = [value.name for value in model.graph.output]
-    floats = [name for name in names if name in types and types[name].dtype in (np.float32, np.float16)]
+    floats = float_outputs(model, types)
     if not floats:
         raise ModelError(f"output '{first}': no output is float32 or float16, so there is nothing to learn from")
-    return Loss("values", tuple(floats))
+    return Loss("values", floats)
+
+
+def float_outputs(model: ModelProto, types: Mapping[str, TensorType]) -> tuple[str, ...]:
+    """The outputs that something can be learned from."""
+    names = [value.name for value in model.graph.output]
+    return tuple(name for name in names if name in types and types[name].dtype in (np.float32, np.float16))
 
 
 def free(model: ModelProto, samples: Sequence[Inputs], threads: int) -> tuple[ModelProto, bool]:

@@ -4,7 +4,7 @@ It runs in a child process, because a kernel of the training runtime can end the
 
     python -m onnxneutrino.selfcheck FOLDER
 
-reads `model.onnx`, `loss.json` and `arrays.npz` there and writes `result.json`.
+reads `model.onnx`, `loss.json`, `loss.onnx` and `arrays.npz` there and writes `result.json`.
 """
 
 from __future__ import annotations
@@ -68,10 +68,15 @@ def gradient_check(
     with tempfile.TemporaryDirectory(prefix="onnxneutrino-check-") as name:
         folder = Path(name)
         onnx.save(model, folder / "model.onnx")
-        request = {"loss": dataclasses.asdict(loss), "groups": _chosen(groups), "threads": threads}
+        (folder / "loss.onnx").write_bytes(loss.graph)
+        stated = dataclasses.asdict(dataclasses.replace(loss, graph=b""))
+        stated.pop("graph")
+        request = {"loss": stated, "groups": _chosen(groups), "threads": threads}
         (folder / "loss.json").write_text(json.dumps(request), encoding="utf-8")
         arrays: dict[str, Any] = {f"input/{key}": value for key, value in example.inputs.items()}
         arrays |= {f"teacher/{index}": value for index, value in enumerate(_moved(loss, example))}
+        if example.labels is not None:
+            arrays["labels"] = example.labels
         np.savez(folder / "arrays.npz", **arrays)
         command = [sys.executable, "-m", "onnxneutrino.selfcheck", name]
         try:
@@ -107,6 +112,9 @@ def _moved(loss: Loss, example: Example) -> list[np.ndarray]:
             # Far off on one side: near the teacher's own values curvature would hide the slope.
             size = float(np.std(array, dtype=np.float64))  # in float16 its sum of squares overflows
             array = np.asarray(array + FAR * (1 + noise / 2) * max(size, 1e-6), np.float32)
+        elif loss.kind == "own":
+            # Of another example and another class: whatever holds for the original's outputs holds for these.
+            array = np.ascontiguousarray(array.reshape(-1)[::-1]).reshape(array.shape)
         elif name in loss.outputs:
             # Unsure of the class: where teacher and network are sure of the same, the slope is lost in rounding.
             array = np.asarray(loss.temperature * noise, np.float32)
@@ -118,11 +126,12 @@ def _run(folder: Path) -> None:
     request = json.loads((folder / "loss.json").read_text(encoding="utf-8"))
     stated: dict[str, Any] = request["loss"]
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in stated.items()}
-    loss = Loss(**fields)
+    loss = Loss(**fields, graph=(folder / "loss.onnx").read_bytes())
     with np.load(folder / "arrays.npz") as stored:
         inputs = {key.removeprefix("input/"): stored[key] for key in stored.files if key.startswith("input/")}
         teacher = [stored[f"teacher/{index}"] for index in range(len(loss.tensors))]
-    model, example = onnx.load(folder / "model.onnx"), Example(inputs, teacher, None)
+        labels = stored["labels"] if "labels" in stored.files else None
+    model, example = onnx.load(folder / "model.onnx"), Example(inputs, teacher, labels)
     verdict = check(model, request["groups"], loss, example, request["threads"])
     (folder / "result.json").write_text(json.dumps(dataclasses.asdict(verdict)), encoding="utf-8")
 

@@ -61,7 +61,9 @@ class Lessons:
         return [*learned, *(student(inputs) if student is not None else ())]
 
 
-def examples(split: Split, batch: int, seed: int, lessons: Lessons, labels: bool, first: int = 0) -> Iterator[Example]:
+def examples(
+    split: Split, batch: int, seed: int, lessons: Lessons, labels: bool, first: int = 0, kinds: str = "iu"
+) -> Iterator[Example]:
     """Endless batches of exactly `batch` examples; short ones are left out.
 
     The epochs of a split that is read by number take turns among three orders and augmentations, so that the
@@ -72,8 +74,9 @@ def examples(split: Split, batch: int, seed: int, lessons: Lessons, labels: bool
         batch: examples in each.
         seed: of order and augmentation.
         lessons: gives the tensors that the loss is taken with.
-        labels: hand integer labels on where the split has them.
+        labels: hand labels on where the split has them.
         first: number of the first epoch.
+        kinds: of numpy types that count as labels; integers alone, unless a loss of the user's takes others.
     """
     repeats = isinstance(split, IndexedSplit)
     for epoch in itertools.count(first):
@@ -81,7 +84,7 @@ def examples(split: Split, batch: int, seed: int, lessons: Lessons, labels: bool
         for index, drawn in enumerate(split.batches(batch, seed=seed * 1009 + turn, augment=True)):
             if len(drawn) < batch:
                 continue
-            usable = labels and drawn.targets is not None and np.issubdtype(drawn.targets.dtype, np.integer)
+            usable = labels and drawn.targets is not None and drawn.targets.dtype.kind in kinds
             answers = lessons(drawn.inputs, (turn, index) if repeats else None)
             yield Example(drawn.inputs, answers, drawn.targets if usable else None)
 

@@ -57,6 +57,7 @@ def plan_training(
     batch: int,
     reconstruct: bool,
     threads: int,
+    labels: NDArray[Any] | None = None,
 ) -> TrainingPlan:
     """Find out where gradients end, and check those that are left.
 
@@ -70,11 +71,15 @@ def plan_training(
         batch: examples in a step.
         reconstruct: cut between layers too, and use no labels; a large model is always trained like that.
         threads: for the runtime.
+        labels: of the examples, for a loss of the user's that reads them.
 
     Raises:
-        TrainingError: there is no training copy, or nothing that can be trained.
+        TrainingError: there is no training copy, or nothing that can be trained; or a loss of the user's cannot be
+            learned from end to end.
     """
     reconstruct = reconstruct or is_large(layers)
+    if reconstruct and loss.kind == "own":
+        raise TrainingError("a loss of your own needs a network that is trained as a whole; this one is too large")
     copy = training_copy(model, batch, types)
     check_training_copy(model, copy, inputs, threads)
     count = max(1, batch // CHECKED_SHARE)
@@ -87,6 +92,7 @@ def plan_training(
         loss=dataclasses.replace(loss, label_weight=0.0) if reconstruct else loss,
         inputs=inputs,
         few={name: array[:count] for name, array in inputs.items()} if count < batch else inputs,
+        labels=None if labels is None or not loss.label_weight else labels[:count],
         reconstruct=reconstruct,
         threads=threads,
     )
@@ -96,7 +102,7 @@ def plan_training(
 
 @dataclass(frozen=True, eq=False)
 class _Scope:
-    """What the attempts share; `small` and `few` are the copy and the inputs of the self-check."""
+    """What the attempts share; `small`, `few` and `labels` are copy, inputs and labels of the self-check."""
 
     model: ModelProto
     copy: ModelProto
@@ -106,6 +112,7 @@ class _Scope:
     loss: Loss
     inputs: Mapping[str, NDArray[Any]]
     few: Mapping[str, NDArray[Any]]
+    labels: NDArray[Any] | None
     reconstruct: bool
     threads: int
 
@@ -119,7 +126,13 @@ def _attempt(scope: _Scope, faulty: tuple[str, ...]) -> tuple[TrainingPlan, str 
     if not (cut.ends or cut.learned):
         kinds = ", ".join(sorted(set(cut.faults.values()))) or "nothing"
         raise TrainingError(f"no layer can be trained: there is no gradient behind {kinds}; use --trainer none")
-    own = dataclasses.replace(loss, outputs=cut.ends, reconstructed=cut.learned, fed=cut.fed)
+    if loss.kind == "own" and (cut.fed or cut.learned):
+        kinds = ", ".join(sorted(set(cut.faults.values())))
+        raise TrainingError(
+            f"a loss of your own cannot be learned from end to end: there is no gradient behind {kinds}"
+        )
+    ends = loss.outputs if loss.kind == "own" else cut.ends
+    own = dataclasses.replace(loss, outputs=ends, reconstructed=cut.learned, fed=cut.fed)
     own = dataclasses.replace(own, scales=_scales(own, _teacher(scope, own, scope.inputs)))
     weights = set(scope.weights)
     groups = {layer.name: [name for name in layer.initializers if name in weights] for layer in scope.layers}
@@ -129,6 +142,8 @@ def _attempt(scope: _Scope, faulty: tuple[str, ...]) -> tuple[TrainingPlan, str 
     trained = {name for block in found for name in block.layers}
     checked = [names for layer, names in groups.items() if layer in trained]
     example = Example(fed_types(scope.small, scope.few), _teacher(scope, own, scope.few), None)
+    if own.kind == "own":
+        example = dataclasses.replace(example, labels=scope.labels)
     if is_large(scope.layers):
         verdict = _check_in_parts(scope, own, found, checked, example)
     else:

@@ -33,6 +33,7 @@ from onnxneutrino.training_copy import check_training_copy, training_copy
 RATE_SHARE = 0.1
 TEACHER_BATCHES = 16
 LABEL_WEIGHTS = (0.1, 0.8)
+LABEL_KINDS = "iufb"
 STOP_IMAGES = 1000
 HALF = 0.5
 
@@ -130,7 +131,8 @@ class Tuner:
         names = list(trainable_names(task, network, graph))
         lessons = Lessons(self._tutor, self._fed(network), self._memory)
         labels = task.labels and loss.label_weight > 0
-        source = examples(task.train, task.batch, task.seed, lessons, labels, len(self.fine_tunes))
+        kinds = LABEL_KINDS if loss.kind == "own" else "iu"
+        source = examples(task.train, task.batch, task.seed, lessons, labels, len(self.fine_tunes), kinds)
 
         def refresh(arrays: Mapping[str, NDArray[Any]]) -> None:
             lessons.student = self._fed(self._learned(network, arrays))
@@ -196,7 +198,8 @@ class Tuner:
         task = self.task
         graph = build(task, network, batched=True)
         lessons = Lessons(self._tutor, self._fed(network), self._memory)
-        source = examples(task.train, task.batch, task.seed, lessons, labels=False)
+        own = self.loss.kind == "own" and self.loss.label_weight > 0  # which cannot do without
+        source = examples(task.train, task.batch, task.seed, lessons, labels=own, kinds=LABEL_KINDS)
         try:
             copy = training_copy(graph, task.batch, task.types)
             with finetune.Trainer(copy, trainable_names(task, network, graph), self.loss, task.threads) as trainer:

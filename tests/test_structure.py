@@ -49,7 +49,7 @@ TIERS = (
     ("calibrate", "layer_options", "refit", "search", "finetune", "normalize"),
     ("blocks", "proposals", "target_search", "range_test"),
     ("segments",),
-    ("training_copy", "prepare", "agreement", "probe", "teaching", "gradcheck"),
+    ("training_copy", "prepare", "agreement", "probe", "teaching", "gradcheck", "own_loss"),
     ("selfcheck", "curvature"),
     ("large", "groups"),
     ("training_plan",),
