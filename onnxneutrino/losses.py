@@ -24,6 +24,7 @@ from onnxneutrino.graph import capped_ir, convert_opset, drop_unused, inferred, 
 from onnxneutrino.plan import Array
 
 PREFIX = "onnxneutrino/"
+OWN = f"{PREFIX}own/"  # before the names of a loss of the user's
 TEACHER, LABELS = "teacher/", "labels"  # inputs of a loss of the user's, beside the outputs themselves
 
 
@@ -74,8 +75,8 @@ def loss_inputs(loss: Loss, teacher: Sequence[NDArray[Any]], labels: NDArray[Any
     }
     given.update({f"{PREFIX}fed{index}": np.asarray(values[name]) for index, name in enumerate(loss.fed)})
     if loss.kind == "own":
-        given.update({f"{PREFIX}{TEACHER}{name}": np.asarray(values[name]) for name in loss.outputs})
-        return given if labels is None else {**given, f"{PREFIX}{LABELS}": labels}
+        given.update({f"{OWN}{TEACHER}{name}": np.asarray(values[name]) for name in loss.outputs})
+        return given if labels is None else {**given, f"{OWN}{LABELS}": labels}
     if loss.kind == "values" or not loss.outputs:
         return given
     logits = rows(teacher[0])
@@ -175,7 +176,7 @@ def with_loss(model: ModelProto, loss: Loss) -> tuple[ModelProto, list[str]]:
     if loss.kind == "own":
         part = _own_graph(loss, opset(model))
         for value in real_inputs(part):
-            name = value.name.removeprefix(PREFIX)
+            name = value.name.removeprefix(OWN)
             if name == LABELS:
                 value.type.tensor_type.shape.dim[0].dim_value = batch
                 graph.input.append(value)
@@ -218,7 +219,7 @@ def _own_graph(loss: Loss, target: int | None) -> ModelProto:
         part = part if target is None else convert_opset(part, target)
     except ModelError as error:
         raise TrainingError(f"the loss: {error}") from error
-    return onnx.compose.add_prefix(part, PREFIX)
+    return onnx.compose.add_prefix(part, OWN)
 
 
 def _types(model: ModelProto) -> dict[str, tuple[int, list[int]]]:

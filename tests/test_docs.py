@@ -15,6 +15,7 @@ Every Python block must say what it is. A console block that does not is not run
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -172,6 +173,8 @@ def run_command(text: str, printed: list[str], code: int, place: str) -> None:
 def run_page(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what the page says is run."""
     monkeypatch.chdir(folder)
+    # A command that a page hands over finds the Python that runs the tests.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     for block in BLOCKS:
         if block.page != page:
             continue

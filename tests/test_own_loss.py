@@ -40,8 +40,8 @@ BLOCKS = {
     "        entropy = onnxblock.loss.CrossEntropyLoss()(outputs[0], labels)\n"
     "        return onnxblock.blocks.Add()(entropy, onnxblock.loss.L1Loss()(outputs[0], teacher[0]))\n",
 }
-SQUARED = """<ir_version: 8, opset_import: ["": 13]> loss (float[N, 3] y, float[N, 3] "teacher/y") => (float s) {
-    d = Sub (y, "teacher/y")  q = Mul (d, d)  s = ReduceMean <keepdims = 0> (q) }"""
+SQUARED = """<ir_version: 8, opset_import: ["": 13]> loss (float[N, 3] y, float[N, 3] "teacher/y") => (float loss) {
+    d = Sub (y, "teacher/y")  q = Mul (d, d)  loss = ReduceMean <keepdims = 0> (q) }"""
 WEIGHTED = """<ir_version: 8, opset_import: ["": 17]> loss (float[N, 3] y, float[N, 2, 3] labels) => (float s)
     <int64[1] first = {0}, int64[1] second = {1}> {
     l = Slice (labels, first, second, second)  f = Flatten (l)  d = Sub (y, f)  a = Abs (d)  e = Exp (a)
@@ -191,7 +191,7 @@ def test_a_function_that_gives_no_loss_is_named_with_its_line(folder: Path, kind
         (WEIGHTED, None, "reads labels, and there are none: the data has no targets, or --no-labels is given"),
         (WEIGHTED, CLASSES, "takes labels of shape ['N', 2, 3]; the data gives [4]"),
         (SQUARED.replace("[N, 3]", "[N, 7]"), None, "cannot be computed on a batch: "),
-        (SQUARED.replace("(float s)", "(float s, float q)"), None, "has the outputs s, q; it must have one"),
+        (SQUARED.replace("(float loss)", "(float loss, float q)"), None, "has the outputs loss, q; it must have one"),
         (SQUARED.replace("Mul (d, d)", "Celu (d)"), None, "ONNX Runtime training has no right gradient for Celu"),
     ],
 )
