@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,18 +150,22 @@ def broken(candidate, original, seconds):
 """
 
 
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "howto-hooks.md"
+
+
 @pytest.fixture
 def network(folder: Path) -> dict[str, Any]:
     """A classifier as `in.onnx`, data on which it is always right, and options."""
     made = parse_model(
         """<ir_version: 8, opset_import: ["": 17]> g (float[N, 24] x) => (float[N, 4] y) {
-        [f1] h = MatMul (x, w1)  r = Relu (h)  [f2] y = MatMul (r, w2) }"""
+        [f1] h = MatMul (x, w1)  r = Relu (h)  [f2] y = Gemm (r, w2, b2) }"""
     )
     rng = np.random.default_rng(0)
     values = np.linspace(1, 0.02, 24) ** 3
     for name, array in (
         ("w1", rng.standard_normal((24, 24)) * values @ rng.standard_normal((24, 48))),
         ("w2", rng.standard_normal((48, 4))),
+        ("b2", np.zeros(4)),
     ):
         made.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
     onnx.save(made, "in.onnx")
@@ -199,3 +205,32 @@ def test_a_run_with_a_loop_of_its_own_and_hooks(network: dict[str, Any]) -> None
 def test_a_loop_that_fails_at_once_ends_the_run(network: dict[str, Any]) -> None:
     with pytest.raises(TrainingError, match=r"own.py, line \d+: broken failed with RuntimeError: broken"):
         onnxneutrino.compress("in.onnx", **network, trainer="own.py:broken")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "loss.py:Loss", "before": "hooks.py:log", "after": "hooks.py:wide_enough", "stage": 1},
+        {"trainer": "loop.py:train"},
+        {"trainer": f"command: {sys.executable} loop_command.py {{candidate}} {{trained}} {{original}} {{seconds}}"},
+    ],
+    ids=["loss", "function", "command"],
+)
+def test_the_examples_of_the_page_train(network: dict[str, Any], options: dict[str, Any]) -> None:
+    """With the time that a test of all pages cannot give them."""
+    blocks = re.findall(r"<!-- file: (\S+) -->\n\n```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert {name for name, _ in blocks} == {"loss.py", "hooks.py", "loop.py", "loop_command.py"}
+    for name, text in blocks:
+        assert len(text.splitlines()) <= 20
+        Path(name).write_text(
+            text.replace("digits.npz", "data.npz")
+            .replace("[10]", "[4]")
+            .replace("[:256, None].astype(np.float32) / 16", "[:256]")
+            .replace('"input"', '"x"')
+        )
+    report = onnxneutrino.compress("in.onnx", **{**network, "time_limit": 14.0}, **options).report
+    assert report.training
+    assert report.compressed
+    if "loss" in options:
+        logged = [json.loads(line) for line in Path("candidates.jsonl").read_text().splitlines()]
+        assert len(logged) == len(report.candidates) + len(report.training)
