@@ -106,7 +106,15 @@ class Trainer:
     Use it as a context manager: the artifacts lie in a temporary folder.
     """
 
-    def __init__(self, model: ModelProto, trainable: Sequence[str], loss: Loss, threads: int) -> None:
+    def __init__(
+        self,
+        model: ModelProto,
+        trainable: Sequence[str],
+        loss: Loss,
+        threads: int,
+        statistics: Sequence[str] = (),
+        weight_decay: float = 0.0,
+    ) -> None:
         """Make the artifacts.
 
         Args:
@@ -114,6 +122,8 @@ class Trainer:
             trainable: names of the initializers to train.
             loss: what to learn.
             threads: threads within an operator.
+            statistics: names of the running statistics of BatchNormalization in training form, which every step updates.
+            weight_decay: of AdamW.
 
         Raises:
             TrainingError: an operator between a trainable initializer and the loss has no right gradient, or
@@ -126,10 +136,11 @@ class Trainer:
         self._feeds = dict(zip(feeds, map(_dtype, graph_model.graph.input), strict=True))
         self.batch = int(graph_model.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
         self.trainable = consumed(graph_model, trainable)
+        self._statistics = statistics
         self._gradients: list[NDArray[Any]] = []
         try:
             self._module, self._optimizer, self._state = _artifacts(
-                graph_model, self.trainable, Path(self._folder.name), threads
+                graph_model, self.trainable, Path(self._folder.name), threads, statistics, weight_decay
             )
         except Exception as error:
             self._folder.cleanup()
@@ -169,8 +180,8 @@ class Trainer:
         return found
 
     def arrays(self) -> Arrays:
-        """The trainable initializers as they are now."""
-        return {name: np.array(self._state.parameters[name].data) for name in self.trainable}
+        """The trainable initializers and the statistics as they are now."""
+        return {name: np.array(self._state.parameters[name].data) for name in (*self.trainable, *self._statistics)}
 
     def _run(self, example: Example, given: Mapping[str, NDArray[Any]]) -> float:
         values = {**example.inputs, **given}
@@ -226,14 +237,22 @@ def _training_package() -> tuple[Any, Any, Any]:
     return artifacts, onnxblock, api
 
 
-def _artifacts(model: ModelProto, trainable: Sequence[str], folder: Path, threads: int) -> tuple[Any, Any, Any]:
+def _artifacts(
+    model: ModelProto,
+    trainable: Sequence[str],
+    folder: Path,
+    threads: int,
+    statistics: Sequence[str],
+    weight_decay: float,
+) -> tuple[Any, Any, Any]:
     artifacts, onnxblock, api = _training_package()
     with _silent_stderr():
         artifacts.generate_artifacts(
             model,
             requires_grad=list(trainable),
+            frozen_params=list(statistics),
             loss=None,
-            optimizer=onnxblock.optim.AdamW(),
+            optimizer=onnxblock.optim.AdamW(weight_decay=weight_decay),
             artifact_directory=str(folder),
         )
     for name in ("training_model.onnx", "optimizer_model.onnx"):
