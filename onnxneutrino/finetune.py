@@ -11,13 +11,11 @@ import contextlib
 import importlib.util
 import math
 import os
-import queue
 import sys
 import tempfile
-import threading
 import time
 import types
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +120,7 @@ class Trainer:
             trainable: names of the initializers to train.
             loss: what to learn.
             threads: threads within an operator.
-            statistics: names of the running statistics of BatchNormalization in training form, which every step updates.
+            statistics: names of the running averages of BatchNormalization in training form, which every step updates.
             weight_decay: of AdamW.
 
         Raises:
@@ -376,41 +374,6 @@ def fine_tune(
         if not np.isfinite(array).all():  # what the last step did shows in no loss
             raise TrainingError(f"'{name}' is not finite after training; lower the learning rate or check the data")
     return Trained(arrays, tuple(losses), schedule, clock.now() - start)
-
-
-def prefetched(examples: Iterator[Example], depth: int = 2) -> Generator[Example, None, None]:
-    """The same examples, made in a second thread while the trainer steps; its errors are raised here."""
-    waiting: queue.Queue[Example | BaseException | None] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: Example | BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                waiting.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for example in examples:
-                put(example)
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while (item := waiting.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
 
 
 def trainable_arrays(arrays: Mapping[str, NDArray[Any]], names: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ from onnxneutrino.groups import GroupTraining, grouped
 from onnxneutrino.large import GROUP_BYTES
 from onnxneutrino.losses import Loss
 from onnxneutrino.passes.factorize import read_factors, stage_arrays, stage_names
+from onnxneutrino.prefetch import prefetched
 from onnxneutrino.prepare import evaluate
 from onnxneutrino.runtime import Runner
 from onnxneutrino.task import FineTune, Network, Task, build, trainable_names
@@ -145,7 +146,7 @@ class Tuner:
                 left = seconds - (clock.now() - start)
                 with (
                     finetune.Trainer(copy, names, loss, task.threads) as trainer,
-                    contextlib.closing(finetune.prefetched(source)) as ahead,
+                    contextlib.closing(prefetched(source)) as ahead,
                 ):
                     result = finetune.fine_tune(
                         trainer,

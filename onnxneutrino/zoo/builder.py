@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from onnxneutrino.errors import ModelError
+
 OPSET, IR = 17, 8
 INPUT, OUTPUT, BATCH = "input", "logits", "N"
 SMALL = 64  # pixels: nets made for large images leave their first strides out up to here
@@ -43,6 +45,20 @@ def scaled(channels: int, width: float) -> int:
     return channels if width == 1 else max(ROUNDED, round(channels * width / ROUNDED) * ROUNDED)
 
 
+def _slid(x: Tensor, kernel: int, stride: int, pad: int) -> tuple[int, ...]:
+    """Size of the map that a square window gives.
+
+    Raises:
+        ModelError: it does not fit in.
+    """
+    size = tuple((length + 2 * pad - kernel) // stride + 1 for length in x.shape[1:])
+    if min(size) < 1:
+        raise ModelError(
+            f"the images are too small for this network: a window of {kernel} pixels finds {min(x.shape[1:])}"
+        )
+    return size
+
+
 class Builder:
     """Collects the nodes and weights of one graph; each method adds a layer and returns what it gives."""
 
@@ -68,7 +84,7 @@ class Builder:
         border = kernel // 2 if pad is None else pad
         shape = (filters, x.channels // group, kernel, kernel)
         weights = [self._drawn(f"{name}.weight", shape), *([self._filled(f"{name}.bias", filters)] if bias else [])]
-        size = tuple((length + 2 * border - kernel) // stride + 1 for length in x.shape[1:])
+        size = _slid(x, kernel, stride, border)
         return self._add(
             "Conv",
             [x.name, *weights],
@@ -169,9 +185,9 @@ class Builder:
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR, producer_name="onnxneutrino")
 
     def _pool(self, operator: str, x: Tensor, kernel: int, stride: int, pad: int) -> Tensor:
-        size = tuple((length + 2 * pad - kernel) // stride + 1 for length in x.shape[1:])
-        own = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [pad] * 4}
-        return self._add(operator, [x.name], (x.channels, *size), **own)
+        size = _slid(x, kernel, stride, pad)
+        own = {"strides": [stride] * 2, "pads": [pad] * 4}
+        return self._add(operator, [x.name], (x.channels, *size), "", kernel_shape=[kernel] * 2, **own)
 
     def _reshape(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         sizes = self._constant("shape_" + "x".join(map(str, shape)), np.array([0, *shape]))  # 0 keeps the batch

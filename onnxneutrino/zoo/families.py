@@ -18,7 +18,6 @@ class Family:
     Attributes:
         name: as it stands in the name of a recipe.
         layers: from builder, image, classes and width (1 for the paper's) to the logits.
-        flips: whether its training images are mirrored where the data allows it.
     """
 
     name: str

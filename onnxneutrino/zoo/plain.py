@@ -14,7 +14,7 @@ POOL = 0  # stands between the filters of a VGG
 VGG11 = (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL)
 VGG16 = (64, 64, POOL, 128, 128, POOL, *(256, 256, 256, POOL), *(512, 512, 512, POOL) * 2)
 # Large maps are where the time goes: few filters there let two cores see the images often enough in half an hour.
-VGG_LIGHT = (32, POOL, 64, 64, POOL, 128, 128, POOL, 256, 256)
+VGG_LIGHT = (32, POOL, 64, POOL, 128, 128, POOL, 256, 256)
 MNIST_SIZE = 28
 
 
@@ -48,7 +48,7 @@ def vgg16(net: Builder, x: Tensor, classes: int, width: float) -> Tensor:
 
 
 def vgg_light(net: Builder, x: Tensor, classes: int, width: float) -> Tensor:
-    """Seven Conv that two cores train in half an hour."""
+    """Six Conv that two cores train in half an hour."""
     return _vgg(net, x, classes, width, VGG_LIGHT)
 
 
