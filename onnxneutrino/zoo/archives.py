@@ -46,7 +46,7 @@ def _idx(path: Path, shape: tuple[int, ...]) -> Bytes:
     head = struct.Struct(f">BBBB{1 + len(shape)}I")
     try:
         with gzip.open(path) as file:
-            zero, nought, kind, axes, count, *size = head.unpack(file.read(head.size))
+            zero, nought, kind, axes, count, *size = map(int, head.unpack(file.read(head.size)))
             sound = (zero, nought, kind, axes, tuple(size)) == (0, 0, IDX_BYTES, 1 + len(shape), shape)
             if not sound or count > MOST_MNIST:
                 raise ValueError("its head is that of other data")

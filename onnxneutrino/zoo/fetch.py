@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,17 +169,15 @@ def _image_sizes(config: DataConfig, size: int | None) -> tuple[int | None, int 
 
 def description(recipe: Recipe, config: DataConfig) -> str:
     """The TOML file beside the model."""
-    path = config.path.replace("\\", "\\\\").replace('"', '\\"')
-    augment = ", ".join(f'"{name}"' for name in config.augment)
     return f"""# {recipe.name}: `onnxneutrino zoo train` on this folder, then `onnxneutrino compress` on the model.
 
 [data]
-path = "{path}"
+path = {json.dumps(config.path, ensure_ascii=False)}
 layout = "{config.layout}"
 scale = {config.scale!r}
 mean = {list(config.mean)}
 std = {list(config.std)}
-augment = [{augment}]
+augment = {json.dumps(config.augment)}
 
 [metric]
 name = "top1"

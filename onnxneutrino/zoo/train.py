@@ -23,7 +23,7 @@ from onnxneutrino.data import Split
 from onnxneutrino.errors import DataError, ModelError
 from onnxneutrino.events import Event, TrainingStatus
 from onnxneutrino.finetune import Example
-from onnxneutrino.graph import arrays, check_writable, copied, load, save, with_arrays
+from onnxneutrino.graph import check_writable, copied, load, save, with_arrays
 from onnxneutrino.prefetch import prefetched
 from onnxneutrino.training_copy import training_copy
 from onnxneutrino.zoo.fetch import MODEL
@@ -142,7 +142,7 @@ def with_batch_statistics(model: ModelProto) -> tuple[ModelProto, list[str]]:
 
 def learned(model: ModelProto) -> list[str]:
     """Names of the weights, biases, scales and offsets."""
-    stored = arrays(model)
+    stored = {tensor.name for tensor in model.graph.initializer}
     named = [
         node.input[index]
         for node in model.graph.node
