@@ -262,7 +262,7 @@ def test_progress_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert event.time_left > 0
 
 
-@pytest.mark.parametrize("spoil", ["model", "labels", "metric"])
+@pytest.mark.parametrize("spoil", ["model", "labels", "metric", "opset"])
 def test_what_cannot_be_trained_is_refused(spoil: str, folder: Path, tmp_path: Path) -> None:
     wanted: type[Exception] = ModelError
     if spoil == "model":
@@ -272,6 +272,11 @@ def test_what_cannot_be_trained_is_refused(spoil: str, folder: Path, tmp_path: P
         x, y = drawn(64, 0)
         np.savez(tmp_path / "colours.npz", x_train=x, x_test=x, y_test=y)
         wanted, says = DataError, "the training split has no labels; add y_train"
+    elif spoil == "opset":
+        model = onnx.load(folder / "model.onnx")
+        model.opset_import[0].version = 13
+        onnx.save(model, folder / "model.onnx")
+        says = "node 'norm1': BatchNormalization is trained from opset 14 on"
     else:
         text = (folder / "model.toml").read_text()
         (folder / "model.toml").write_text(text.replace("top1", "agreement"))

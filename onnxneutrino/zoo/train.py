@@ -23,7 +23,7 @@ from onnxneutrino.data import Split
 from onnxneutrino.errors import DataError, ModelError
 from onnxneutrino.events import Event, TrainingStatus
 from onnxneutrino.finetune import Example
-from onnxneutrino.graph import check_writable, copied, load, save, with_arrays
+from onnxneutrino.graph import check_writable, copied, load, opset, save, with_arrays
 from onnxneutrino.prefetch import prefetched
 from onnxneutrino.training_copy import training_copy
 from onnxneutrino.zoo.fetch import MODEL
@@ -33,6 +33,7 @@ WEIGHT_DECAY = 0.05
 # Inputs of an operator that are learned where they are initializers.
 LEARNED = {"Conv": (1, 2), "Gemm": (1, 2), "MatMul": (0, 1), "BatchNormalization": (1, 2)}
 CERTAIN = 100.0
+TRAINING_FORM = 14  # opset from which BatchNormalization has the attribute training_mode
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,17 @@ def _check_labels(opened: prepare.Opened, metric: metrics.Metric, train: Split, 
 
 
 def with_batch_statistics(model: ModelProto) -> tuple[ModelProto, list[str]]:
-    """A copy with BatchNormalization in training form, and the names of the statistics that it averages."""
+    """A copy with BatchNormalization in training form, and the names of the statistics that it averages.
+
+    Raises:
+        ModelError: the opset has no such form.
+    """
     copy = copied(model)
     statistics: list[str] = []
     for node in copy.graph.node:
         if node.op_type == "BatchNormalization":
+            if (opset(model) or 0) < TRAINING_FORM:
+                raise ModelError(f"node '{node.name}': BatchNormalization is trained from opset {TRAINING_FORM} on")
             node.attribute.append(helper.make_attribute("training_mode", 1))
             node.output.extend(f"{name}/averaged" for name in node.input[3:5])
             statistics += node.input[3:5]
