@@ -460,7 +460,7 @@ def test_own_arrays_in_place_of_a_download(tmp_path: Path, monkeypatch: pytest.M
     [
         ({"x_train": np.zeros((25, 28, 28, 3), np.uint8)}, "28x28x3.*do not fit the input 'input' of shape 3x32x32"),
         ({"y_train": np.full(25, 10)}, "label 10 at index 0 is out of range; the model has 10 classes"),
-        ({"y_test": None}, "needs labels to train with: y_train and y_test, or folders of classes"),
+        ({"y_test": None}, "needs a label for each image: y_train and y_test, or folders of classes"),
         ({"x_test": None}, "has no array 'x_test'"),
     ],
     ids=["shape", "classes", "labels", "split"],
@@ -471,6 +471,24 @@ def test_own_arrays_that_do_not_fit(change: dict[str, Any], says: str, tmp_path:
     np.savez(tmp_path / "own.npz", **{name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(DataError, match=says):
         fetch(find("mlp-cifar10"), tmp_path / "net", data=tmp_path / "own.npz")
+    assert not (tmp_path / "net").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (np.full(25, 0.5), "labels have dtype float64; classification needs integers"),
+        (np.full(25, -1), "label -1 at index 0 is out of range"),
+        (np.zeros(25, np.int64), "has one class alone; a classifier tells two or more apart"),
+        (np.ones((25, 32, 32), np.int64), "needs a label for each image"),
+    ],
+    ids=["floats", "negative", "one class", "maps"],
+)
+def test_labels_that_do_not_tell_classes(labels: NDArray[Any], says: str, tmp_path: Path) -> None:
+    x, _ = images("cifar10", "train")
+    np.savez(tmp_path / "own.npz", x_train=x, y_train=labels, x_test=x, y_test=labels)
+    with pytest.raises(DataError, match=says):
+        fetch(find("mlp-images"), tmp_path / "net", data=tmp_path / "own.npz")
     assert not (tmp_path / "net").exists()
 
 
@@ -487,6 +505,7 @@ def test_images_too_small_for_the_network(tmp_path: Path) -> None:
     data = write_images(tmp_path / "pictures", (6, 6))
     with pytest.raises(ModelError, match="the images are too small for this network"):
         fetch(find("lenet5-images"), tmp_path / "net", data=data)
+    assert not (tmp_path / "net").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxneutrino.zoo.archives import Bytes, read_cifar, read_mnist
 from onnxneutrino.zoo.download import File
@@ -45,16 +46,15 @@ class DataSource:
         """Name of the `.npz` file."""
         return f"{self.name}.npz"
 
-    def arrays(self, folder: Path) -> dict[str, Bytes]:
-        """`x_train y_train x_test y_test` from the files in the folder.
+    def splits(self, folder: Path) -> list[tuple[Bytes, NDArray[np.int64]]]:
+        """Images and labels for training, and those for the test, from the files in the folder.
 
         Raises:
             DataError: a file is damaged.
         """
         assert self.read is not None
         read = self.read(folder)
-        named = {f"{kind}_{split}": own for split, pair in read.items() for kind, own in zip("xy", pair, strict=True)}
-        return {name: array.astype(np.int64) if name[0] == "y" else array for name, array in named.items()}
+        return [(images, labels.astype(np.int64)) for images, labels in (read["train"], read["test"])]
 
 
 def _mnist(folder: Path) -> dict[str, tuple[Bytes, Bytes]]:

@@ -13,6 +13,7 @@ import onnx
 
 from onnxneutrino.config import DataConfig
 from onnxneutrino.data import IndexedSplit, InputSpec, open_data
+from onnxneutrino.data_checks import check_labels
 from onnxneutrino.data_folder import SUFFIXES, image_size
 from onnxneutrino.errors import DataError, ModelError, OutputError, UsageError
 from onnxneutrino.formats import format_bytes
@@ -84,11 +85,12 @@ def fetch(
         )
         image, classes = _signature(recipe, config, size)
         kept = tuple(name for name in (MODEL, DESCRIPTION) if (folder / name).exists())
+        model = recipe.family.build(recipe.name, image, classes, seed=seed)
         if DESCRIPTION not in kept:
             with pending(folder / DESCRIPTION) as file:
                 file.write(description(recipe, config).encode())
         if MODEL not in kept:
-            save(recipe.family.build(recipe.name, image, classes, seed=seed), folder / MODEL, external=False)
+            save(model, folder / MODEL, external=False)
     return Fetched(recipe.name, str(folder), path, classes, image, kept)
 
 
@@ -137,9 +139,9 @@ def _load_data(recipe: Recipe, base: str, folder: Path, timeout: float, tell: Ca
 
         obtained(base, file, folder, progress, timeout)
     tell(f"writing {target.name}")
-    arrays = recipe.data.arrays(folder)
+    (x_train, y_train), (x_test, y_test) = recipe.data.splits(folder)
     with pending(target) as archive:
-        np.savez(archive, allow_pickle=False, **arrays)
+        np.savez(archive, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
     for file in recipe.data.files:
         if file.name not in before:
             (folder / file.name).unlink(missing_ok=True)
@@ -150,12 +152,17 @@ def _signature(recipe: Recipe, config: DataConfig, size: int | None) -> tuple[tu
     sizes: tuple[int | None, ...] = recipe.data.image or (None, *_image_sizes(config, size))
     spec = InputSpec(INPUT, (None, *sizes), np.dtype(np.float32))
     dataset = open_data(config, [spec], seed=0, classes=recipe.data.classes)
-    splits = (dataset.train, dataset.test)
-    if not all(isinstance(split, IndexedSplit) and split.targets is not None for split in splits):
-        raise DataError(f"{config.path}: needs labels to train with: y_train and y_test, or folders of classes")
+    splits = [split for split in (dataset.train, dataset.test) if isinstance(split, IndexedSplit)]
+    targets = [split.targets for split in splits if split.targets is not None]
+    if len(targets) < 2 or any(own[0].size != 1 for own in targets):
+        raise DataError(f"{config.path}: needs a label for each image: y_train and y_test, or folders of classes")
+    labels = np.concatenate([own.reshape(-1) for own in targets])
+    classes = recipe.data.classes or (int(labels.max()) + 1 if labels.dtype.kind in "iu" else 2)
+    check_labels(labels, max(classes, 2), f"{config.path}: the labels")
+    if classes < 2:
+        raise DataError(f"{config.path}: has one class alone; a classifier tells two or more apart")
     channels, height, width = next(dataset.train.batches(1)).inputs[INPUT].shape[1:]
-    labels = np.concatenate([split.targets for split in splits if isinstance(split, IndexedSplit)])
-    return (channels, height, width), recipe.data.classes or int(labels.max()) + 1
+    return (channels, height, width), classes
 
 
 def _image_sizes(config: DataConfig, size: int | None) -> tuple[int | None, int | None]:
