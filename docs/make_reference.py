@@ -58,22 +58,30 @@ def page() -> str:
 
 
 def commands() -> Iterator[str]:
-    """Every command; what all of them take is told once."""
+    """Every command, those of a group behind the others; what all for models take is told once."""
     root = click.Context(main, info_name="onnxneutrino", **main.context_settings)
-    contexts = [click.Context(own, info_name=name, parent=root) for name, own in main.commands.items()]
+    contexts, below = [], []
+    for name, own in main.commands.items():
+        context = click.Context(own, info_name=name, parent=root)
+        if isinstance(own, click.Group):
+            below += [click.Context(inner, info_name=word, parent=context) for word, inner in own.commands.items()]
+        else:
+            contexts.append(context)
     everywhere = set.intersection(*(set(map(option_row, options(context))) for context in contexts))
     yield from ("## Commands", "", str(main.help), "")
     yield from table(("option", "type", "default", "meaning"), map(option_row, options(root)))
-    for context in contexts:
+    for context in (*contexts, *below):
         usage = " ".join([context.command_path, *context.command.collect_usage_pieces(context)])
         yield from (f"### `{context.command_path}`", "", f"    {usage}", "", str(context.command.help), "")
         arguments = [own for own in context.command.get_params(context) if isinstance(own, click.Argument)]
         rows = [(f"`{own.make_metavar(context)}`", own.type.name, own.help or "") for own in arguments]
         yield from table(("argument", "type", "meaning"), rows)
-        own_rows = [row for row in map(option_row, options(context)) if row not in everywhere]
+        told = everywhere if context in contexts else set()
+        own_rows = [row for row in map(option_row, options(context)) if row not in told]
         yield from table(("option", "type", "default", "meaning"), own_rows)
-        yield from ("And the [options of every command](#options-of-every-command).", "")
-    yield from ("### Options of every command", "")
+        if told:
+            yield from ("And the [options of every command](#options-of-every-command).", "")
+    yield from ("### Options of every command", "", "Of those for models; the `zoo` commands list all of theirs.", "")
     shared = [row for row in map(option_row, options(contexts[0])) if row in everywhere]
     yield from table(("option", "type", "default", "meaning"), shared)
     yield from exit_codes()

@@ -58,6 +58,10 @@ class Numbers(click.ParamType[tuple[float, ...]]):
             self.fail(f"'{value}' is not a list of numbers such as 0.49,0.48,0.45", param, ctx)
 
 
+THREADS = click.option("--threads", type=click.IntRange(min=1), help="Default: the cores there are.")
+SEED = click.option("--seed", type=click.IntRange(min=0), help="Of every random draw; default 0.")
+
+
 def data_options(command: Command) -> Command:
     """Options that override the TOML file's [data] and [metric]."""
     options = [
@@ -97,8 +101,18 @@ def common_options(command: Command) -> Command:
         click.option(
             "--input-shape", type=Shape(), multiple=True, help="Fix free dimensions: x=1x3x64x64; repeatable."
         ),
-        click.option("--threads", type=click.IntRange(min=1), help="Default: the cores there are."),
-        click.option("--seed", type=click.IntRange(min=0), help="Of every random draw; default 0."),
+        THREADS,
+        SEED,
+    ]
+    command = result_options(command)
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def result_options(command: Command) -> Command:
+    """Options that say where the result goes and how an error is shown."""
+    options = [
         click.option(
             "--json", "json_file", metavar="FILE", help="Also write the result as JSON; - for standard output."
         ),

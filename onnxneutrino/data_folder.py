@@ -119,7 +119,7 @@ def _check_one_size(files: Sequence[Path], spec: InputSpec) -> None:
     """Refuse images of several sizes for an input that takes any: what they should become is not for us to say."""
     known: dict[tuple[int, int], Path] = {}
     for file in files:
-        known.setdefault(_image_size(file), file)
+        known.setdefault(image_size(file), file)
         if len(known) > 1:
             (one, first), (other, second) = known.items()
             shape = "x".join("?" if size is None else str(size) for size in (1, *spec.example))
@@ -129,7 +129,7 @@ def _check_one_size(files: Sequence[Path], spec: InputSpec) -> None:
             )
 
 
-def _image_size(file: Path) -> tuple[int, int]:
+def image_size(file: Path) -> tuple[int, int]:
     """Height and width, from the head of the file."""
     try:
         with Image.open(file) as image:
@@ -140,7 +140,7 @@ def _image_size(file: Path) -> tuple[int, int]:
 
 def _geometry(first: Path, layout: str, spec: InputSpec) -> tuple[tuple[int, int], bool]:
     """Height and width to decode to, and whether grey; the first image gives what the input leaves open."""
-    height, width = _image_size(first)
+    height, width = image_size(first)
     if len(spec.example) != 3:
         known = [axis for axis in spec.example if axis is not None]
         return (height, width), len(known) == len(spec.example) and int(np.prod(known)) == height * width

@@ -82,7 +82,15 @@ class Trainer:
     """
 
     def __init__(
-        self, model: ModelProto, trainable: Sequence[str], loss: Loss, threads: int, optimizer: str = "adamw"
+        self,
+        model: ModelProto,
+        trainable: Sequence[str],
+        loss: Loss,
+        threads: int,
+        optimizer: str = "adamw",
+        *,
+        weight_decay: float = 0.0,
+        statistics: Sequence[str] = (),
     ) -> None:
         """Make the artifacts.
 
@@ -92,6 +100,8 @@ class Trainer:
             loss: what to learn.
             threads: threads within an operator.
             optimizer: `adamw`, or `sgd` without momentum.
+            weight_decay: of AdamW.
+            statistics: names of the running averages of BatchNormalization in training form, which every step updates.
 
         Raises:
             TrainingError: an operator between a trainable initializer and the loss has no right gradient, or
@@ -104,10 +114,11 @@ class Trainer:
         self._feeds = dict(zip(feeds, map(_dtype, graph_model.graph.input), strict=True))
         self.batch = int(graph_model.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
         self.trainable = consumed(graph_model, trainable)
+        self._statistics = statistics
         self._gradients: list[NDArray[Any]] = []
         try:
             self._module, self._optimizer, self._state = _artifacts(
-                graph_model, self.trainable, Path(self._folder.name), threads, optimizer
+                graph_model, self.trainable, statistics, Path(self._folder.name), threads, optimizer, weight_decay
             )
         except Exception as error:
             self._folder.cleanup()
@@ -147,8 +158,8 @@ class Trainer:
         return found
 
     def arrays(self) -> Arrays:
-        """The trainable initializers as they are now."""
-        return {name: np.array(self._state.parameters[name].data) for name in self.trainable}
+        """The trainable initializers and the statistics as they are now."""
+        return {name: np.array(self._state.parameters[name].data) for name in (*self.trainable, *self._statistics)}
 
     def _run(self, example: Example, given: Mapping[str, NDArray[Any]]) -> float:
         values = {**example.inputs, **given}
@@ -210,15 +221,22 @@ def onnxblocks() -> Any:
 
 
 def _artifacts(
-    model: ModelProto, trainable: Sequence[str], folder: Path, threads: int, optimizer: str
+    model: ModelProto,
+    trainable: Sequence[str],
+    statistics: Sequence[str],
+    folder: Path,
+    threads: int,
+    optimizer: str,
+    weight_decay: float,
 ) -> tuple[Any, Any, Any]:
     artifacts, onnxblock, api = _training_package()
     with _silent_stderr():
         artifacts.generate_artifacts(
             model,
             requires_grad=list(trainable),
+            frozen_params=list(statistics),
             loss=None,
-            optimizer=onnxblock.optim.SGD() if optimizer == "sgd" else onnxblock.optim.AdamW(),
+            optimizer=onnxblock.optim.SGD() if optimizer == "sgd" else onnxblock.optim.AdamW(weight_decay=weight_decay),
             artifact_directory=str(folder),
         )
     for name in ("training_model.onnx", "optimizer_model.onnx"):

@@ -9,7 +9,8 @@ A comment on a line of its own, before a code block of `docs/*.md`, says what th
 
 Blocks of one page run in their order, in one folder that holds the digits of `fixtures/` and what the tutorial made.
 In a console block with lines that begin with `$ `, those are the commands and all others what they print, which is
-compared without its numbers; in one without, every line is a command. A `compress` gets a short time limit.
+compared without its numbers; in one without, every line is a command. A `compress` and a
+`zoo train` get a short time limit.
 Every Python block must say what it is. A console block that does not is not run, but its commands must parse.
 """
 
@@ -104,6 +105,21 @@ def arguments(text: str) -> list[str]:
     return words[: next((at for at, word in enumerate(words) if word in SHELL), len(words))]
 
 
+def resolved(words: list[str]) -> tuple[str, click.Command, list[str]]:
+    """The command, below groups too, with its name and what is given to it."""
+    command: click.Command = main
+    at = 0
+    while isinstance(command, click.Group) and at < len(words) and words[at] in command.commands:
+        command, at = command.commands[words[at]], at + 1
+    return " ".join(words[:at]), command, words[at:]
+
+
+def command_names(group: click.Group, before: str = "") -> Iterator[str]:
+    """All commands, those of groups by both their words."""
+    for name, own in group.commands.items():
+        yield from command_names(own, f"{name} ") if isinstance(own, click.Group) else [before + name]
+
+
 def shown_commands() -> list[tuple[str, str]]:
     """Every command in a console block, and those of the Dockerfile and the workflow; with where it stands."""
     found = [
@@ -123,11 +139,11 @@ def shown_commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("place", "text"), shown_commands())
 def test_a_command_that_is_shown_parses(place: str, text: str) -> None:
-    name, *rest = arguments(text)
+    name, command, rest = resolved(arguments(text))
     try:
         # Below the group's own context: a command keeps the help option that it is first asked for.
         root = click.Context(main, info_name="onnxneutrino", **main.context_settings)
-        main.commands[name].make_context(name, rest, parent=root)
+        command.make_context(name, rest, parent=root)
     except click.UsageError as error:
         pytest.fail(f"{place}: {text}: {error.format_message()}")
 
@@ -135,7 +151,7 @@ def test_a_command_that_is_shown_parses(place: str, text: str) -> None:
 def test_the_commands_are_found() -> None:
     places = [place for place, _ in shown_commands()]
     assert {place.split(":")[0] for place in places} >= {"README.md", "tutorial.md", "Dockerfile", "compare.yml"}
-    assert set(main.commands) == {arguments(text)[0] for _, text in shown_commands()}
+    assert set(command_names(main)) == {resolved(arguments(text))[0] for _, text in shown_commands()}
 
 
 def test_every_python_block_says_what_it_is() -> None:
@@ -161,7 +177,7 @@ def run_command(text: str, printed: list[str], code: int, place: str) -> None:
         assert subprocess.run(words, check=False).returncode == code, place
         return
     options = words[1:]
-    if options[0] == "compress" and "--replay" not in options:
+    if (options[0] == "compress" and "--replay" not in options) or options[:2] == ["zoo", "train"]:
         options += ["--time-limit", TIME_LIMIT]
     result = CliRunner().invoke(main, options)
     assert result.exit_code == code, f"{place}: {text}\n{result.output}"

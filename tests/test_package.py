@@ -90,7 +90,8 @@ def answered(instruction: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        ("onnxneutrino ", ["analyze", "compare", "compress", "evaluate", "profile"]),
+        ("onnxneutrino ", ["analyze", "compare", "compress", "evaluate", "profile", "zoo"]),
+        ("onnxneutrino zoo ", ["fetch", "list", "train"]),
         ("onnxneutrino co", ["compare", "compress"]),
         ("onnxneutrino compress --max", ["--max-params", "--max-macs", "--max-size", "--max-memory", "--max-latency"]),
         ("onnxneutrino compress --objective ", list(OBJECTIVES)),

@@ -24,6 +24,13 @@ PAGE = (DOCS / "reference.md").read_text(encoding="utf-8")
 # What the TOML file leaves out: folders that follow from where the file is, and what a single run is told.
 NOT_IN_TOML = {"base", "data", "train", "metric", "metric_base", "dry_run", "clock"}
 SHARED = "Options of every command"
+PLAIN = {name: own for name, own in main.commands.items() if not isinstance(own, click.Group)}
+BELOW = {
+    f"{name} {word}": own
+    for name, group in main.commands.items()
+    if isinstance(group, click.Group)
+    for word, own in group.commands.items()
+}
 
 
 def dataclasses_of(module: ModuleType) -> list[type]:
@@ -73,15 +80,15 @@ def test_no_wording_of_one_machine_or_run() -> None:
     assert not re.search(r"0x[0-9a-f]{4}|Sentinel|/tmp|\bobject at\b", PAGE)
 
 
-@pytest.mark.parametrize("name", list(main.commands))
+@pytest.mark.parametrize("name", [*PLAIN, *BELOW])
 def test_commands_and_options(name: str) -> None:
-    command = main.commands[name]
+    command = {**PLAIN, **BELOW}[name]
     own = section(f"`onnxneutrino {name}`")
     assert command.help in own
-    shared, mine = rows(SHARED), rows(f"`onnxneutrino {name}`")
+    shared, mine = rows(SHARED) if name in PLAIN else {}, rows(f"`onnxneutrino {name}`")
     for parameter in command.params:
         if isinstance(parameter, click.Argument):
-            assert str(parameter.metavar) in mine
+            assert parameter.make_metavar(click.Context(command)) in mine
             continue
         assert isinstance(parameter, click.Option)
         names = ", ".join([*parameter.opts, *parameter.secondary_opts])
@@ -97,7 +104,7 @@ def test_commands_and_options(name: str) -> None:
 
 def test_shared_options_are_those_of_every_command() -> None:
     shared = {key.split()[0] for key in rows(SHARED)} - {"-h,"}
-    everywhere = set.intersection(*({p.opts[0] for p in own.params} for own in main.commands.values()))
+    everywhere = set.intersection(*({p.opts[0] for p in own.params} for own in PLAIN.values()))
     assert shared == {name for name in everywhere if name.startswith("-")}
 
 

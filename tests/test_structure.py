@@ -16,6 +16,7 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, PASSES = ROOT / "onnxneutrino", ROOT / "passes"
+BELOW = {"passes": PASSES, "zoo": PACKAGE / "zoo"}  # packages below the package
 LONGEST = 400
 
 # Every module of the package, lowest first. A module may import only modules of earlier lines; `passes.*` is
@@ -63,7 +64,15 @@ TIERS = (
     ("delivery",),
     ("inspection",),
     ("",),
-    ("cli_options",),
+    ("zoo",),
+    ("zoo.builder", "zoo.download", "zoo.archives"),
+    ("zoo.plain", "zoo.resnet", "zoo.mobile", "zoo.concatenating", "zoo.datasets"),
+    ("zoo.families",),
+    ("zoo.recipes",),
+    ("zoo.fetch",),
+    ("zoo.train",),
+    ("cli_options", "cli_output"),
+    ("cli_zoo",),
     ("cli",),
     ("__main__",),
 )
@@ -75,8 +84,9 @@ BINARIES = (".onnx", ".npz", ".npy", ".png", ".jpg", ".data")
 def modules() -> dict[str, Path]:
     """Files of the package by module name below `onnxneutrino.`."""
     found = {"" if path.stem == "__init__" else path.stem: path for path in PACKAGE.glob("*.py")}
-    for path in PASSES.glob("*.py"):
-        found["passes" if path.stem == "__init__" else f"passes.{path.stem}"] = path
+    for name, folder in BELOW.items():
+        for path in folder.glob("*.py"):
+            found[name if path.stem == "__init__" else f"{name}.{path.stem}"] = path
     return found
 
 
@@ -89,7 +99,7 @@ def rank(module: str) -> int | None:
 
 def imports(path: Path) -> Iterator[str]:
     """Absolute names of what a file imports, at any depth, those under TYPE_CHECKING too."""
-    folder = "onnxneutrino.passes" if path.parent == PASSES else "onnxneutrino"
+    folder = next((f"onnxneutrino.{name}" for name, own in BELOW.items() if path.parent == own), "onnxneutrino")
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -1,0 +1,91 @@
+"""How every command ends: its result on standard output or as JSON, an error as one line and an exit code.
+
+What takes long to import is imported inside the functions, as in `cli.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxneutrino.errors import NeutrinoError, OutputError
+
+PIPE_WIDTH = 240
+ERROR_TEXT = 240
+
+
+def messages() -> contextlib.AbstractContextManager[Any]:
+    """What a user's own loader or metric prints goes to standard error: standard output holds results."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+def show(renderable: Any, json_file: str | None) -> None:
+    """Print a table, unless standard output carries JSON; not on a terminal it is never cut or wrapped."""
+    from rich.console import Console
+
+    if json_file == "-":
+        return
+    if sys.stdout.isatty():
+        Console(highlight=False).print(renderable)
+        return
+    console = Console(highlight=False, width=PIPE_WIDTH)
+    with console.capture() as shown:
+        console.print(renderable)
+    click.echo("\n".join(line.rstrip() for line in shown.get().splitlines()))
+
+
+def emit(json_file: str | None, text: str) -> None:
+    """Write JSON where it was asked for."""
+    if json_file == "-":
+        click.echo(text, nl=False)
+    elif json_file is not None:
+        try:
+            Path(json_file).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{json_file}: cannot be written: {error.strerror or error}") from error
+
+
+def as_json(value: Any) -> str:
+    """JSON with a line feed at the end; NaN as null."""
+    from onnxneutrino.json_values import plain
+
+    return json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
+
+
+def check_json(json_file: str | None) -> None:
+    """Find out before the work whether the JSON file can be written; devices and pipes can."""
+    from onnxneutrino.storage import check_writable
+
+    if json_file not in (None, "-") and (not Path(json_file).exists() or Path(json_file).is_dir()):
+        check_writable(Path(json_file))
+
+
+def run(work: Callable[[], None], json_file: str | None, debug: bool) -> None:
+    """Do the work; an error becomes one line and its exit code, a traceback only with --debug."""
+    try:
+        check_json(json_file)
+        work()
+    except BrokenPipeError:
+        raise  # the reader of standard output has gone, such as `| head`: click ends quietly
+    except NeutrinoError as error:
+        if debug:
+            raise
+        click.echo(f"onnxneutrino: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        click.echo("onnxneutrino: interrupted; nothing was written", err=True)
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        line = " ".join(str(error).split())[:ERROR_TEXT]
+        click.echo(f"onnxneutrino: internal error, {type(error).__name__}: {line}; run again with --debug", err=True)
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""Networks and data to begin with: recipes, their graphs, the download of their data, training from scratch."""
