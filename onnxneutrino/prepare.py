@@ -302,14 +302,16 @@ def settled(opened: Opened, config: Config) -> tuple[Config, metrics.Metric, Dat
     """The metric that is asked for and its data; without one top1, or agreement for data without targets.
 
     Returns:
-        The configuration with the metric's name in it, the metric, the data.
+        The configuration with the metric's name in it, the metric (a detector's reads its boxes with the loader's
+        function `detections`), the data.
 
     Raises:
         NeutrinoError: the metric is not known or cannot be computed, or see `open_data`.
     """
     if config.metric:
         metric = metrics.resolve(config.metric, config.metric_base)
-        return config, metric, open_dataset(opened, metric, config)
+        dataset = open_dataset(opened, metric, config)
+        return config, dataclasses.replace(metric, detections=dataset.detections), dataset
     metric = metrics.resolve(DEFAULT_METRIC, config.metric_base)
     dataset = _open(opened, metric, config)
     if not (dataset.train.labelled or dataset.test.labelled):
