@@ -160,13 +160,9 @@ def yolox_detections(outputs: list[NDArray[Any]]) -> list[NDArray[Any]]:
     A cell gives its box's centre, in cells from its own corner, the logarithms of its size in cells, the probability of
     an object, and that of every class (Ge et al., YOLOX, arXiv 2107.08430).
     """
-    cells, strides = [], []
-    for stride in YOLOX_STRIDES:
-        side = YOLOX_SIZE // stride
-        y, x = np.mgrid[:side, :side]
-        cells.append(np.stack([x.ravel(), y.ravel()], axis=1))
-        strides.append(np.full((side * side, 1), stride))
-    corner, stride = np.concatenate(cells), np.concatenate(strides)
+    sides = [YOLOX_SIZE // stride for stride in YOLOX_STRIDES]
+    corner = np.concatenate([np.argwhere(np.ones((side, side)))[:, ::-1] for side in sides])  # x, y in cells
+    stride = np.repeat(YOLOX_STRIDES, [side * side for side in sides])[:, None]
     raw = np.asarray(outputs[0], np.float64)
     centre, half = (raw[..., :2] + corner) * stride, np.exp(np.minimum(raw[..., 2:4], 20)) * stride / 2
     boxes = np.concatenate([centre - half, centre + half], axis=-1)
@@ -185,17 +181,22 @@ def _suppressed(boxes: NDArray[Any], scores: NDArray[Any]) -> NDArray[Any]:
     score = scores[cell, label]
     order = np.argsort(-score, kind="stable")[:MOST_BOXES]
     cell, label, score = cell[order], label[order], score[order]
-    corners = boxes[cell]
-    area = np.prod(corners[:, 2:] - corners[:, :2], axis=1)
-    low = np.maximum(corners[:, None, :2], corners[None, :, :2])
-    high = np.minimum(corners[:, None, 2:], corners[None, :, 2:])
-    both = np.prod(np.maximum(high - low, 0), axis=-1)
-    covers = (both > MOST_OVERLAP * (area[:, None] + area - both)) & (label[:, None] == label)
-    kept = np.ones(len(cell), bool)
-    for number in range(len(cell)):
-        if kept[number]:
-            kept[number + 1 :] &= ~covers[number, number + 1 :]
-    return np.column_stack([corners, score, label])[kept]
+    rows = np.column_stack([boxes[cell], score, label])
+    kept = []
+    while len(rows):
+        best, rows = rows[0], rows[1:]
+        kept.append(best)
+        rows = rows[(rows[:, 5] != best[5]) | (_overlaps(best, rows) <= MOST_OVERLAP)]
+    return np.array(kept).reshape(-1, 6)
+
+
+def _overlaps(box: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
+    """Intersection over union of a box with others."""
+    low, high = np.maximum(box[:2], others[:, :2]), np.minimum(box[2:4], others[:, 2:4])
+    both = np.maximum(high - low, 0).prod(axis=1)
+    area = (others[:, 2:4] - others[:, :2]).prod(axis=1)
+    found: NDArray[Any] = both / ((box[2:4] - box[:2]).prod() + area - both)
+    return found
 
 
 def mnist_turned() -> dict[str, list[tuple[NDArray[Any], NDArray[Any]]]]:

@@ -51,8 +51,8 @@ def choose(
             if drop.value <= settings.delta:
                 return candidate, own
             warnings.append(
-                f"{candidate.name} was accepted on the deciding images but drops {format_metric(drop.value)} on the whole "
-                "test split; the next larger one was taken, so the test split took part in the selection"
+                f"{candidate.name} was accepted on the deciding images but drops {format_metric(drop.value)} on the "
+                "whole test split; the next larger one was taken, so the test split took part in the selection"
             )
         return None, rows
 

@@ -57,12 +57,9 @@ def matches(
     found, expected = _detections(name, outputs, len(targets), decode), _targets(name, targets)
     evaluation = _matched(found, expected, IOUS[name])
     rows = np.empty((len(targets), 1), dtype=object)
-    per_class = np.empty(len(evaluation.evalImgs), dtype=object)
-    per_class[:] = evaluation.evalImgs
-    per_class = per_class.reshape(-1, len(targets))
     for image in range(len(targets)):
-        of_image = zip(evaluation.params.catIds, per_class[:, image], strict=True)
-        rows[image, 0] = {int(label): own for label, own in of_image if own is not None}
+        of_image = zip(evaluation.params.catIds, evaluation.evalImgs[image :: len(targets)], strict=True)
+        rows[image, 0] = {label: own for label, own in of_image if own is not None}
     return rows
 
 
@@ -105,10 +102,13 @@ def resampled(rows: NDArray[Any], weights: NDArray[np.int64]) -> NDArray[np.floa
         there = targets > 0
         total[there] += _precision(matched, weights[there][:, detected], targets[there])
         classes += there
-    return np.divide(total, classes, out=np.full(len(weights), np.nan), where=classes > 0)
+    mean: NDArray[np.float64] = np.divide(total, classes, out=np.full(len(weights), np.nan), where=classes > 0)
+    return mean
 
 
-def _precision(matched: NDArray[np.bool_], weights: NDArray[np.int64], targets: NDArray[np.int64]) -> Any:
+def _precision(
+    matched: NDArray[np.bool_], weights: NDArray[np.int64], targets: NDArray[np.int64]
+) -> NDArray[np.float64]:
     """Average precision `(B,)` of a class, the mean over IoUs.
 
     Precision rises at matches only, so that the best one from a recall on stands at a match, and a recall is reached at
@@ -197,7 +197,7 @@ def _annotations(images: Sequence[NDArray[Any]], scores: Sequence[NDArray[Any]] 
 def _targets(name: str, targets: NDArray[Any]) -> list[NDArray[np.float64]]:
     """Boxes `(m, 5)` of each image, without those that fill up."""
     found = []
-    for image, own in enumerate(targets):
+    for own in targets:
         try:
             boxes = np.asarray(own, dtype=np.float64)
         except (TypeError, ValueError):
