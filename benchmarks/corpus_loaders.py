@@ -1,10 +1,13 @@
 """Loaders of the corpus's odd data sets: JPEG bytes end to end in an `.npz`, and images that a model wants turned.
 
+That of the detector also has the function that decodes its outputs, for `--metric map50` (see docs/howto-detectors.md).
+
 The folder of the data is the environment variable CORPUS_DATA. Used as `--data benchmarks/corpus_loaders.py:NAME`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -20,6 +23,8 @@ BATCH = 32
 IMAGENET_TRAIN = 600
 CAFFE_MEANS = (104.0, 117.0, 123.0)  # of blue, green, red
 GREY = 114
+YOLOX_SIZE, YOLOX_STRIDES = 416, (8, 16, 32)
+LEAST_SCORE, MOST_OVERLAP, MOST_BOXES = 0.001, 0.65, 1000
 
 Prepare = Callable[[NDArray[np.uint8]], NDArray[Any]]
 
@@ -46,6 +51,19 @@ class Images:
     def _decoded(self, number: int) -> NDArray[np.uint8]:
         content = self.data[self.offsets[number] : self.offsets[number + 1]].tobytes()
         return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+@dataclass(frozen=True, eq=False)
+class Mirrored:
+    """Batches of images N×C×H×W, then all of them again, left and right exchanged."""
+
+    images: Images
+
+    def __iter__(self) -> Iterator[tuple[dict[str, NDArray[Any]], None]]:
+        """Give `({input: images}, None)`."""
+        for turn in (1, -1):
+            for inputs, _ in self.images:
+                yield {name: array[..., ::turn] for name, array in inputs.items()}, None
 
 
 def _stored(name: str) -> dict[str, NDArray[Any]]:
@@ -95,15 +113,90 @@ def visual_wake_words() -> dict[str, Images]:
     return _coco("input_1", prepare, "person")
 
 
-def yolox() -> dict[str, Images]:
-    """COCO images in a grey square of 416, blue first, 0 to 255, NCHW; no targets."""
+def yolox() -> dict[str, Any]:
+    """COCO images in a grey square of 416, blue first, 0 to 255, NCHW; boxes for the test images alone.
 
-    def prepare(image: NDArray[np.uint8]) -> NDArray[Any]:
-        square = np.full((416, 416, 3), GREY, np.uint8)
-        square[: image.shape[0], : image.shape[1]] = image
-        return np.ascontiguousarray(square[:, :, ::-1].transpose(2, 0, 1)).astype(np.float32)
+    The training images come twice, the second time mirrored: there are few, and without labels a network learns from
+    any image.
+    """
+    own = _coco("images", _squared, None)
+    stored = _stored("coco256_416.npz")
+    boxes = _boxes(stored["val_boxes"], stored["val_sizes"])
+    train, test = own["train"], own["test"]
+    return {
+        "train": Mirrored(train),
+        "test": dataclasses.replace(test, targets=boxes),
+        "detections": yolox_detections,
+    }
 
-    return _coco("images", prepare, None)
+
+def _squared(image: NDArray[np.uint8]) -> NDArray[Any]:
+    square = np.full((YOLOX_SIZE, YOLOX_SIZE, 3), GREY, np.uint8)
+    square[: image.shape[0], : image.shape[1]] = image
+    return np.ascontiguousarray(square[:, :, ::-1].transpose(2, 0, 1)).astype(np.float32)
+
+
+def _boxes(boxes: NDArray[Any], sizes: NDArray[Any]) -> NDArray[Any]:
+    """`(images, most, 5)` rows `[class, x1, y1, x2, y2]` in pixels, filled up with class -1.
+
+    Args:
+        boxes: rows `[image, class, cx, cy, width, height]`, relative to the image.
+        sizes: width and height of each image.
+    """
+    image = boxes[:, 0].astype(int)
+    scale = sizes[image].astype(np.float32)
+    centre, half = boxes[:, 2:4] * scale, boxes[:, 4:6] * scale / 2
+    rows = np.hstack([boxes[:, 1:2], centre - half, centre + half])
+    counts = np.bincount(image, minlength=len(sizes))
+    found = np.full((len(sizes), counts.max(), 5), -1, np.float32)
+    for number in range(len(sizes)):
+        found[number, : counts[number]] = rows[image == number]
+    return found
+
+
+def yolox_detections(outputs: list[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Decode the raw outputs `(N, 3549, 85)` of YOLOX: cells of three grids, then suppression within each class.
+
+    A cell gives its box's centre, in cells from its own corner, the logarithms of its size in cells, the probability of
+    an object, and that of every class (Ge et al., YOLOX, arXiv 2107.08430).
+    """
+    sides = [YOLOX_SIZE // stride for stride in YOLOX_STRIDES]
+    corner = np.concatenate([np.argwhere(np.ones((side, side)))[:, ::-1] for side in sides])  # x, y in cells
+    stride = np.repeat(YOLOX_STRIDES, [side * side for side in sides])[:, None]
+    raw = np.asarray(outputs[0], np.float64)
+    centre, half = (raw[..., :2] + corner) * stride, np.exp(np.minimum(raw[..., 2:4], 20)) * stride / 2
+    boxes = np.concatenate([centre - half, centre + half], axis=-1)
+    scores = raw[..., 4:5] * raw[..., 5:]
+    return [_suppressed(*pair) for pair in zip(boxes, scores, strict=True)]
+
+
+def _suppressed(boxes: NDArray[Any], scores: NDArray[Any]) -> NDArray[Any]:
+    """Of overlapping boxes of one class the best, rows `[x1, y1, x2, y2, score, class]`.
+
+    Args:
+        boxes: `(cells, 4)`.
+        scores: `(cells, classes)`.
+    """
+    cell, label = np.nonzero(scores > LEAST_SCORE)
+    score = scores[cell, label]
+    order = np.argsort(-score, kind="stable")[:MOST_BOXES]
+    cell, label, score = cell[order], label[order], score[order]
+    rows = np.column_stack([boxes[cell], score, label])
+    kept = []
+    while len(rows):
+        best, rows = rows[0], rows[1:]
+        kept.append(best)
+        rows = rows[(rows[:, 5] != best[5]) | (_overlaps(best, rows) <= MOST_OVERLAP)]
+    return np.array(kept).reshape(-1, 6)
+
+
+def _overlaps(box: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
+    """Intersection over union of a box with others."""
+    low, high = np.maximum(box[:2], others[:, :2]), np.minimum(box[2:4], others[:, 2:4])
+    both = np.maximum(high - low, 0).prod(axis=1)
+    area = (others[:, 2:4] - others[:, :2]).prod(axis=1)
+    found: NDArray[Any] = both / ((box[2:4] - box[:2]).prod() + area - both)
+    return found
 
 
 def mnist_turned() -> dict[str, list[tuple[NDArray[Any], NDArray[Any]]]]:

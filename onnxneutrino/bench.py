@@ -87,6 +87,7 @@ class Settings:
         seed: of the annealing.
         goal: cost below which nothing is gained: 1 with hard targets.
         large_drop: with hard targets, the untrained drop above which a larger network is trained first.
+        least_delta: what a smaller delta counts as where plans are looked at untrained.
     """
 
     delta: float
@@ -98,6 +99,7 @@ class Settings:
     seed: int
     goal: float = 0.0
     large_drop: float = math.inf
+    least_delta: float = 0.1
 
 
 Record = Callable[[Candidate], Candidate]

@@ -13,7 +13,7 @@ from onnxneutrino import metrics, prepare
 from onnxneutrino.bench import Candidate, Settings, accepted
 from onnxneutrino.chain_latency import LatencyTable
 from onnxneutrino.data import Deciding
-from onnxneutrino.formats import format_ms
+from onnxneutrino.formats import format_metric, format_ms
 from onnxneutrino.summary import Chosen, measured_latencies
 from onnxneutrino.task import Task, build
 
@@ -51,8 +51,8 @@ def choose(
             if drop.value <= settings.delta:
                 return candidate, own
             warnings.append(
-                f"{candidate.name} was accepted on the deciding images but drops {drop.value:.2f} on the whole "
-                "test split; the next larger one was taken, so the test split took part in the selection"
+                f"{candidate.name} was accepted on the deciding images but drops {format_metric(drop.value)} on the "
+                "whole test split; the next larger one was taken, so the test split took part in the selection"
             )
         return None, rows
 

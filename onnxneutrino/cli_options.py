@@ -66,7 +66,9 @@ def data_options(command: Command) -> Command:
     """Options that override the TOML file's [data] and [metric]."""
     options = [
         click.option("--data", metavar="PATH", help=".npz, folder, file.py:function, or random."),
-        click.option("--metric", metavar="NAME", help="top1 top5 f1 miou psnr mse agreement, or file.py:function."),
+        click.option(
+            "--metric", metavar="NAME", help="top1 top5 f1 miou map50 map psnr mse agreement, or file.py:function."
+        ),
         click.option("--layout", type=click.Choice(LAYOUTS), help="Layout of the model's input; default NCHW."),
         click.option("--scale", type=float, help="Factor on the raw values; default 1."),
         click.option("--mean", type=Numbers(), help="Per channel, subtracted after scale."),

@@ -43,7 +43,7 @@ from onnxneutrino.workbench import Workbench
 
 CALIBRATION_SHARE = 0.1
 LATENCY_SHARE = 0.03
-LARGE_DROP = 0.1  # of the original's metric
+LARGE_DROP, LEAST_DELTA = 0.1, 0.001  # of the original's metric
 SAMPLES = 3
 VERIFICATIONS = 3
 VERIFY_SECONDS = 5.0
@@ -132,6 +132,7 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
         seed=config.seed,
         goal=GOAL if config.limits else 0.0,
         large_drop=LARGE_DROP * abs(value),
+        least_delta=LEAST_DELTA * abs(value),
     )
     verifications = VERIFICATIONS + 2 * min(EXAMPLES / len(rows), 1)  # the last two: original and result compared
     reserve = verifications * evaluation_seconds + VERIFY_SECONDS

@@ -15,7 +15,7 @@ import numpy as np
 
 from onnxneutrino.config import DataConfig
 from onnxneutrino.data_folder import open_folder
-from onnxneutrino.data_function import is_function, load_function
+from onnxneutrino.data_function import UserFunction, is_function, load_function
 from onnxneutrino.data_loader import open_loader
 from onnxneutrino.data_npz import open_npz
 from onnxneutrino.data_values import Batch, Dataset, Deciding, IndexedSplit, Inputs, InputSpec, Rows, Split
@@ -48,7 +48,7 @@ def open_data(
     Raises:
         DataError: no data, or data that does not fit the model; one line with file and array.
     """
-    splits, warnings = _splits(config, inputs, seed, classes, examples)
+    splits, detections, warnings = _splits(config, inputs, seed, classes, examples)
     train, test, validation = splits["train"], splits["test"], splits.get("val")
     assert train is not None
     assert test is not None
@@ -59,14 +59,14 @@ def open_data(
             raise DataError(
                 f"{config.path}: validation = 'file', but there is no x_val or val/; add it or give a share"
             )
-        return Dataset(train, None, validation, test, warnings)
+        return Dataset(train, None, validation, test, warnings, detections)
     count = round(float(config.validation) * len(train))
     if config.validation and len(train) > 1:
         count = min(max(count, 1), len(train) - 1)
-    if not count:
-        return Dataset(train, None, validation, test, warnings)
+    if not count or train.labelled != test.labelled:  # where the test has targets, a share without cannot be judged
+        return Dataset(train, None, validation, test, warnings, detections)
     order = np.random.default_rng([seed, _STOP]).permutation(len(train))
-    return Dataset(train.subset(order[count:]), train.subset(order[:count]), validation, test, warnings)
+    return Dataset(train.subset(order[count:]), train.subset(order[:count]), validation, test, warnings, detections)
 
 
 def deciding(dataset: Dataset, seed: int, name: str = "the data") -> Deciding:
@@ -92,7 +92,7 @@ def deciding(dataset: Dataset, seed: int, name: str = "the data") -> Deciding:
 
 def _splits(
     config: DataConfig, inputs: Sequence[InputSpec], seed: int, classes: int | None, examples: int
-) -> tuple[Mapping[str, Split | None], tuple[str, ...]]:
+) -> tuple[Mapping[str, Split | None], UserFunction | None, tuple[str, ...]]:
     if not config.path:
         raise DataError(
             "no data is given; describe it in the TOML file beside the model (in.toml for in.onnx) or with --data"
@@ -103,11 +103,11 @@ def _splits(
         return _random(inputs, seed, examples)
     if is_function(config.path):
         function = load_function(config.path, config.base, DataError)
-        loaded, warnings = open_loader(function, inputs, classes)
+        splits, detections, warnings = open_loader(function, inputs, classes)
         if config.scale != 1.0 or config.mean or config.std or config.augment:
             ignored = "scale, mean, std and augment are not applied to a loader's batches"
             warnings = (*warnings, f"{function.path}: {ignored}")
-        return loaded, warnings
+        return splits, detections, warnings
     path = config.base / Path(config.path).expanduser()
     if not path.exists():
         raise DataError(f"{path}: not found; data is an .npz file, a folder, file.py:function or random")
@@ -117,8 +117,9 @@ def _splits(
             f"{path}: feeds one input, the model has {len(inputs)} ({names}); use a loader, file.py:function"
         )
     if path.is_dir():
-        return open_folder(path, config, inputs[0], classes)
-    return open_npz(path, config, inputs[0], classes), ()
+        folder, warnings = open_folder(path, config, inputs[0], classes)
+        return folder, None, warnings
+    return open_npz(path, config, inputs[0], classes), None, ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +148,7 @@ class _RandomReader:
 
 def _random(
     inputs: Sequence[InputSpec], seed: int, examples: int
-) -> tuple[Mapping[str, IndexedSplit], tuple[str, ...]]:
+) -> tuple[Mapping[str, IndexedSplit], None, tuple[str, ...]]:
     shapes = []
     for spec in inputs:
         shape = tuple(size for size in spec.example if size is not None)
@@ -161,4 +162,4 @@ def _random(
         name: IndexedSplit(_RandomReader(tuple(inputs), tuple(shapes), (seed, _RANDOM, key)), None, rows)
         for key, name in enumerate(("train", "test"))
     }
-    return splits, ("random inputs were used: the results say nothing about real data",)
+    return splits, None, ("random inputs were used: the results say nothing about real data",)

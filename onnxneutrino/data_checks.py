@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,10 @@ def check_finite(array: NDArray[Any], where: str) -> None:
     Raises:
         DataError: naming the first example that is not finite.
     """
+    if array.dtype == object:
+        for number, own in enumerate(array):
+            if isinstance(own, np.ndarray) and own.dtype.kind in "fc" and not np.isfinite(own).all():
+                raise DataError(f"{where}: NaN or infinity in example {number}; remove it")
     if array.dtype.kind not in "fc":
         return
     for start, chunk in _chunks(array):
@@ -109,6 +113,16 @@ def fitted_shape(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> tupl
     if free > 1 or rest == 0 or count % rest or (free == 0 and count != rest):
         return None
     return tuple(count // rest if w is None else w for w in wanted)
+
+
+def stacked(targets: Sequence[Any]) -> NDArray[Any]:
+    """One array of the targets of examples; of objects where they differ in shape (boxes of an image)."""
+    if len({np.shape(target) for target in targets}) == 1:
+        return np.stack(targets)
+    ragged = np.empty(len(targets), dtype=object)
+    for index, target in enumerate(targets):
+        ragged[index] = target
+    return ragged
 
 
 def shape_text(shape: tuple[int | None, ...]) -> str:

@@ -36,7 +36,21 @@ class UserFunction:
 
     def failure(self, error: BaseException) -> NeutrinoError:
         """Return the one line for an exception out of the user's code."""
-        return self.error(f"{_place(error, self.path)}: {self.name} failed with {describe(error)}")
+        line = _line(error, self.path)
+        place = self.place if line is None else f"{self.path}, line {line}"
+        return self.error(f"{place}: {self.name} failed with {describe(error)}")
+
+    def returned(self, what: str, expected: str) -> NeutrinoError:
+        """Return the one line for a result of the wrong kind; it names the line where the function begins."""
+        return self.error(f"{self.place}: {self.name} returned {what}; {expected}")
+
+    @property
+    def place(self) -> str:
+        """The file, and the line where the function begins, if that is where it is written."""
+        code = getattr(inspect.unwrap(self.function), "__code__", None)
+        if code is None or Path(code.co_filename).resolve() != self.path.resolve():
+            return str(self.path)
+        return f"{self.path}, line {code.co_firstlineno}"
 
     def wrong(self, what: str) -> NeutrinoError:
         """Return the one line for what the function gave back, such as "must return a number, not None"."""
@@ -77,7 +91,9 @@ def load_function(reference: str, base: Path, error: type[NeutrinoError]) -> Use
     except SyntaxError as problem:
         raise error(f"{path}, line {problem.lineno}: {problem.msg}") from problem
     except (Exception, SystemExit) as problem:
-        raise error(f"{_place(problem, path)}: cannot be imported, {describe(problem)}") from problem
+        line = _line(problem, path)
+        place = path if line is None else f"{path}, line {line}"
+        raise error(f"{place}: cannot be imported, {describe(problem)}") from problem
     finally:
         sys.path.remove(folder)
     function = getattr(module, name, None)
@@ -93,7 +109,7 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _place(error: BaseException, path: Path) -> str:
-    """File and the last line in it that the exception went through."""
+def _line(error: BaseException, path: Path) -> int | None:
+    """The last line of a file that an exception went through; None where it did not, as for a wrong call."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == path.resolve()]
-    return f"{path}, line {frames[-1].lineno}" if frames else str(path)
+    return frames[-1].lineno if frames else None

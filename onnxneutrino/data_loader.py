@@ -7,17 +7,19 @@ shuffled within a buffer (a list or tuple of batches also in the order of its ba
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxneutrino.data_checks import check_dtype, check_finite, check_labels, shape_text
+from onnxneutrino.data_checks import check_dtype, check_finite, check_labels, shape_text, stacked
 from onnxneutrino.data_function import UserFunction
 from onnxneutrino.data_values import Batch, Inputs, InputSpec, Rows, shuffler
-from onnxneutrino.errors import DataError
+from onnxneutrino.errors import DataError, MetricError
 
 SHUFFLE_BYTES = 1 << 28
 _MISSING = object()
@@ -70,7 +72,7 @@ class LoaderSplit:
 
     @property
     def _where(self) -> str:
-        return f"{self.function.path}: {self.name}"
+        return f"{self.function.place}: {self.name}"
 
     def _pieces(self, generator: np.random.Generator | None) -> Iterator[Batch]:
         """Give the source's batches, cut down to `rows`, in random order where the source can be indexed."""
@@ -96,10 +98,16 @@ class LoaderSplit:
                 yield batch if high - low == len(batch) else _taken(batch, self.rows[low:high] - start)
 
 
-def open_loader(
-    function: UserFunction, inputs: Sequence[InputSpec], classes: int | None
-) -> tuple[dict[str, LoaderSplit | None], tuple[str, ...]]:
-    """Call the loader function and open `train`, `val` (None where absent) and `test`; also warnings.
+class Loaded(NamedTuple):
+    """What a loader function gave: its splits, `val` None where absent, its function `detections`, and warnings."""
+
+    splits: dict[str, LoaderSplit | None]
+    detections: UserFunction | None
+    warnings: tuple[str, ...]
+
+
+def open_loader(function: UserFunction, inputs: Sequence[InputSpec], classes: int | None) -> Loaded:
+    """Call the loader function and open `train`, `val` and `test`; `detections` decodes a detector's outputs.
 
     Every batch is iterated and checked once. `val` and `test` must give the same examples in the same order
     each time, for drops are paired; a `train` that does not (own shuffling or augmentation) gets a warning.
@@ -110,36 +118,48 @@ def open_loader(
     """
     result = function()
     if not isinstance(result, Mapping) and not all(hasattr(result, name) for name in ("train", "test")):
-        raise DataError(
-            f"{function.path}: {function.name} returned {type(result).__name__}; "
-            "return an object or dict with train and test"
-        )
+        raise function.returned(type(result).__name__, "return an object or dict with train and test")
     splits: dict[str, LoaderSplit | None] = {}
     warnings: list[str] = []
     for name in ("train", "val", "test"):
-        source = result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
+        source = _entry(result, name)
         if source is None and name != "val":
-            raise DataError(f"{function.path}: {function.name} returned no '{name}'; return train and test")
+            raise function.returned(f"no '{name}'", "return train and test")
         splits[name] = None
         if source is not None:
             splits[name] = split = _opened(name, source, function, tuple(inputs), classes)
             if not _repeats(split):
                 if name != "train":
                     raise DataError(
-                        f"{function.path}: {name} gives other examples at each iteration; "
+                        f"{function.place}: {name} gives other examples at each iteration; "
                         "turn its shuffling and augmentation off"
                     )
                 warnings.append(
-                    f"{function.path}: train gives other examples at each iteration; the share for early "
+                    f"{function.place}: train gives other examples at each iteration; the share for early "
                     "stopping is not kept apart from the rest"
                 )
-    return splits, tuple(warnings)
+    return Loaded(splits, _decoder(function, _entry(result, "detections")), tuple(warnings))
+
+
+def _entry(result: Any, name: str) -> Any:
+    return result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
+
+
+def _decoder(function: UserFunction, given: Any) -> UserFunction | None:
+    """The loader's `detections` as a function of the user, in the file where it is written."""
+    if given is None:
+        return None
+    if not callable(given):
+        expected = "give a function of the model's outputs"
+        raise function.returned(f"{type(given).__name__} as 'detections'", expected)
+    code = getattr(inspect.unwrap(given), "__code__", None)
+    return UserFunction(function.path if code is None else Path(code.co_filename), "detections", given, MetricError)
 
 
 def _opened(
     name: str, source: Any, function: UserFunction, inputs: tuple[InputSpec, ...], classes: int | None
 ) -> LoaderSplit:
-    where = f"{function.path}: {name}"
+    where = f"{function.place}: {name}"
     if not isinstance(source, Iterable):
         raise DataError(f"{where} is {type(source).__name__}; return an iterable of (inputs, targets) batches")
     if isinstance(source, Iterator):
@@ -195,7 +215,7 @@ def _batch(item: Any, inputs: tuple[InputSpec, ...], classes: int | None, where:
         raise DataError(f"{where}: inputs of one batch have {sorted(lengths)} examples; make them equal, above 0")
     if targets is None:
         return Batch(arrays, None)
-    labels = _array(targets, f"{where}: targets")
+    labels = _targets(targets, f"{where}: targets")
     if labels.ndim == 0 or len(labels) not in lengths:
         raise DataError(
             f"{where}: a batch has {lengths.pop()} examples and targets of shape {shape_text(labels.shape)}"
@@ -232,6 +252,13 @@ def _array(value: Any, where: str) -> NDArray[Any]:
         raise DataError(f"{where}: is not one array; pad what differs in length") from error
 
 
+def _targets(value: Any, where: str) -> NDArray[Any]:
+    """One array, or objects where each example has an array of its own shape (boxes of an image)."""
+    if isinstance(value, (list, tuple)) and all(isinstance(own, np.ndarray) for own in value):
+        return stacked(value)
+    return _array(value, where)
+
+
 def _taken(batch: Batch, rows: Rows) -> Batch:
     return Batch(_taken_inputs(batch.inputs, rows), None if batch.targets is None else batch.targets[rows])
 
@@ -262,9 +289,11 @@ def _rebatched(pieces: Iterator[Batch], size: int, where: str) -> Iterator[Batch
 def _merged(batches: Sequence[Batch], where: str) -> Batch:
     if len(batches) == 1:
         return batches[0]
+    targets = [batch.targets for batch in batches if batch.targets is not None]
     try:
         inputs = {name: np.concatenate([b.inputs[name] for b in batches]) for name in batches[0].inputs}
-        targets = [b.targets for b in batches if b.targets is not None]
-        return Batch(inputs, np.concatenate(targets) if targets else None)
     except ValueError as error:
         raise DataError(f"{where}: batches differ in shape beyond the first axis; pad them alike") from error
+    if len({own.shape[1:] for own in targets}) > 1:  # boxes, padded in each batch to a length of its own
+        return Batch(inputs, stacked([own for part in targets for own in part]))
+    return Batch(inputs, np.concatenate(targets) if targets else None)

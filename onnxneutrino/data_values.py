@@ -13,6 +13,8 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxneutrino.data_function import UserFunction
+
 Inputs: TypeAlias = dict[str, NDArray[Any]]
 Rows: TypeAlias = NDArray[np.int64]
 
@@ -123,6 +125,7 @@ class Dataset:
         validation: images the original was not trained on (`x_val`, `val/`); None where there are none.
         test: the test split.
         warnings: lines for the report.
+        detections: the loader's function that decodes a detector's outputs into boxes; None without one.
     """
 
     train: Split
@@ -130,6 +133,7 @@ class Dataset:
     validation: Split | None
     test: Split
     warnings: tuple[str, ...]
+    detections: UserFunction | None = None
 
 
 @dataclass(frozen=True, eq=False)

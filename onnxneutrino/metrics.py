@@ -13,6 +13,7 @@ The model's first output is judged, whatever else it has.
 | psnr | mean squared error, least and greatest target | mean of 10 log10(peak² / MSE), in dB |
 | agreement | argmax equal to the original's | 100 · mean |
 | agreement, no classifier | squared error, squared norm | 100 · (1 - relative error) |
+| map50, map | matches of the image's detections, see `detection` | mean average precision, 0 to 1 |
 | file.py:function | outputs and target | function(outputs, targets) over the whole split |
 
 `psnr` takes as peak the range of the targets, greatest minus least over the whole split (1 for images in
@@ -31,6 +32,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxneutrino import detection, own_metric
 from onnxneutrino.data_checks import IGNORED_LABEL, shape_text
 from onnxneutrino.data_function import UserFunction, is_function, load_function
 from onnxneutrino.errors import MetricError, UsageError
@@ -53,6 +55,7 @@ class Metric:
         needs_targets: cannot be computed without targets.
         needs_reference: compares with the original's outputs; `mse` only where there are no targets.
         function: the user's own, else None.
+        detections: the loader's, from the outputs to boxes, for map and map50; None where the first output has them.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Metric:
     needs_targets: bool = True
     needs_reference: bool = False
     function: UserFunction | None = None
+    detections: UserFunction | None = None
 
 
 _BUILT_IN = (
@@ -68,6 +72,8 @@ _BUILT_IN = (
     Metric("top5"),
     Metric("f1"),
     Metric("miou"),
+    Metric("map50", percent=False),
+    Metric("map", percent=False),
     Metric("psnr", percent=False),
     Metric("mse", higher_is_better=False, percent=False, needs_targets=False, needs_reference=True),
     Metric("agreement", needs_targets=False, needs_reference=True),
@@ -99,17 +105,15 @@ def resolve(name: str, base: Path) -> Metric:
 
     Raises:
         UsageError: a name that is not known.
-        MetricError: map and map50, which are not built in; a file or function that cannot be loaded.
+        MetricError: a file or function that cannot be loaded; a `higher_is_better` that is not True or False.
     """
     for metric in _BUILT_IN:
         if metric.name == name:
             return metric
     if is_function(name):
         function = load_function(name, base, MetricError)
-        higher = bool(getattr(function.function, "higher_is_better", True))
+        higher = own_metric.higher_is_better(function)
         return Metric(name, higher, percent=False, needs_targets=False, function=function)
-    if name in ("map", "map50"):
-        raise MetricError(f"metric {name} is not built in; give a function that computes it, file.py:function")
     known = ", ".join(metric.name for metric in _BUILT_IN)
     raise UsageError(f"metric '{name}' is not known; known are {known} and file.py:function")
 
@@ -140,7 +144,7 @@ def statistics(
         raise MetricError(f"{metric.name} needs targets and the data has none; use agreement")
     output = np.asarray(outputs[0])
     if metric.function is not None:
-        return _packed(metric.name, outputs, targets)
+        return own_metric.packed(metric.name, outputs, targets)
     if metric.name == "agreement" or (metric.name == "mse" and targets is None):
         if reference is None:
             raise MetricError(f"{metric.name} needs the outputs of the original model or targets")
@@ -149,6 +153,8 @@ def statistics(
     assert targets is not None
     if len(output.shape) == 0 or len(output) != len(targets):
         raise _mismatch(metric.name, output, targets)
+    if metric.name in detection.IOUS:
+        return detection.matches(metric.name, outputs, targets, metric.detections)
     if metric.name == "mse":
         return _error(output, targets)
     if metric.name == "psnr":
@@ -175,7 +181,9 @@ def value(metric: Metric, rows: NDArray[Any]) -> float:
     if not len(rows):
         raise MetricError(f"{metric.name}: there are no examples")
     if metric.function is not None:
-        return _own(metric.function, rows)
+        return own_metric.value(metric.function, rows)
+    if metric.name in detection.IOUS:
+        return detection.value(metric.name, rows)
     if metric.name == "f1":
         return _macro_f1(rows)
     if metric.name == "miou":
@@ -219,11 +227,9 @@ def drop(metric: Metric, original_rows: NDArray[Any], candidate_rows: NDArray[An
         error = float(spread) / math.sqrt(count)
     else:
         generator = np.random.default_rng(seed)
-        drops = []
-        for _ in range(RESAMPLES):
-            chosen = generator.integers(0, count, count)
-            drops.append(value(metric, original_rows[chosen]) - value(metric, candidate_rows[chosen]))
-        error = float(np.std(drops, ddof=1))
+        chosen = [generator.integers(0, count, count) for _ in range(RESAMPLES)]
+        drops = _resampled(metric, original_rows, chosen) - _resampled(metric, candidate_rows, chosen)
+        error = float(np.std(drops[np.isfinite(drops)], ddof=1))
     return Drop(total, error, total - _NORMAL_95 * error, total + _NORMAL_95 * error)
 
 
@@ -240,6 +246,13 @@ def chance(metric: Metric, targets_or_classes: NDArray[Any] | int) -> float | No
     if not isinstance(classes, int):
         classes = len(np.unique(classes))
     return 100.0 / classes if classes else None
+
+
+def _resampled(metric: Metric, rows: NDArray[Any], chosen: Sequence[NDArray[np.int64]]) -> Floats:
+    """The metric on each of these choices of rows."""
+    if metric.name in detection.IOUS:
+        return detection.resampled(rows, np.stack([np.bincount(own, minlength=len(rows)) for own in chosen]))
+    return np.array([value(metric, rows[own]) for own in chosen])
 
 
 def _is_mean(metric: Metric, rows: NDArray[Any]) -> bool:
@@ -354,40 +367,3 @@ def _agreement(output: NDArray[Any], reference: NDArray[Any]) -> Floats:
         return np.asarray(same, dtype=np.float64)[:, None]
     ours, theirs = _pair("agreement", output, reference)
     return np.stack([np.square(ours - theirs).sum(1), np.square(theirs).sum(1)], axis=1)
-
-
-def _packed(name: str, outputs: Sequence[NDArray[Any]], targets: NDArray[Any] | None) -> NDArray[Any]:
-    """Rows `(n, 1)` of objects: outputs and target of an example, for a function of the whole split."""
-    lengths = {len(array) if array.ndim else 0 for array in outputs}
-    if targets is not None:
-        lengths.add(len(targets))
-    if len(lengths) != 1:
-        raise MetricError(f"{name}: outputs and targets have unequal numbers of examples, {sorted(lengths)}")
-    rows = np.empty((lengths.pop(), 1), dtype=object)
-    for index in range(len(rows)):
-        own = None if targets is None else targets[index]
-        rows[index, 0] = (tuple(array[index] for array in outputs), own)
-    return rows
-
-
-def _own(function: UserFunction, rows: NDArray[Any]) -> float:
-    examples = [row[0] for row in rows]
-    outputs = [np.stack(arrays) for arrays in zip(*(example[0] for example in examples), strict=True)]
-    targets = None if examples[0][1] is None else _stacked([example[1] for example in examples])
-    result = function(outputs, targets)
-    try:
-        number = float(result)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise MetricError(f"{function.path}: {function.name} returned {result!r:.40}; return a finite number")
-    return number
-
-
-def _stacked(targets: list[Any]) -> NDArray[Any]:
-    """One array of the targets; of objects where they differ in shape (boxes of an image)."""
-    if len({np.shape(target) for target in targets}) == 1:
-        return np.stack(targets)
-    ragged = np.empty(len(targets), dtype=object)
-    ragged[:] = targets
-    return ragged

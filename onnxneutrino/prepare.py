@@ -43,6 +43,7 @@ TRAINING_BATCH = 64
 TRAINING_BYTES = 1 << 30
 FREED_TOLERANCE = 1e-3
 CHANCE_FACTOR = 1.5
+REARRANGING = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +178,8 @@ def choose_loss(model: ModelProto, types: Mapping[str, TensorType], config: Conf
     """Distillation on the logits for classifiers, on all float outputs else.
 
     A classifier has a metric of classes and a first output `(N, C)` or `(N, C, 1, 1)`; when that is a Softmax, its
-    input is used.
+    input is used. An output that puts others together is learned part by part, for they may differ in unit: of a
+    detector's boxes and scores the boxes would have nearly all of the squared error.
     """
     first = model.graph.output[0].name
     output = types.get(first)
@@ -188,7 +190,25 @@ def choose_loss(model: ModelProto, types: Mapping[str, TensorType], config: Conf
     floats = float_outputs(model, types)
     if not floats:
         raise ModelError(f"output '{first}': no output is float32 or float16, so there is nothing to learn from")
-    return Loss("values", floats)
+    return Loss("values", tuple(dict.fromkeys(part for name in floats for part in _parts(model, types, name))))
+
+
+def _parts(model: ModelProto, types: Mapping[str, TensorType], output: str) -> list[str]:
+    """The tensors that an output is concatenated from, its own order and shape aside; itself where it is not."""
+    producers = {name: node for node in model.graph.node for name in node.output}
+
+    def leaves(name: str) -> list[str]:
+        node = producers.get(name)
+        if node is None or node.op_type not in ("Concat", *REARRANGING):
+            return [name]
+        sources = node.input if node.op_type == "Concat" else node.input[:1]
+        return [leaf for source in sources for leaf in leaves(source)]
+
+    found = leaves(output)
+    learned = [producers.get(name) for name in found]
+    if len(found) < 2 or any(node is None or node.op_type == "Constant" for node in learned):
+        return [output]
+    return found if all(name in types and types[name].dtype == types[output].dtype for name in found) else [output]
 
 
 def float_outputs(model: ModelProto, types: Mapping[str, TensorType]) -> tuple[str, ...]:
@@ -307,14 +327,16 @@ def settled(opened: Opened, config: Config) -> tuple[Config, metrics.Metric, Dat
     """The metric that is asked for and its data; without one top1, or agreement for data without targets.
 
     Returns:
-        The configuration with the metric's name in it, the metric, the data.
+        The configuration with the metric's name in it, the metric (a detector's reads its boxes with the loader's
+        function `detections`), the data.
 
     Raises:
         NeutrinoError: the metric is not known or cannot be computed, or see `open_data`.
     """
     if config.metric:
         metric = metrics.resolve(config.metric, config.metric_base)
-        return config, metric, open_dataset(opened, metric, config)
+        dataset = open_dataset(opened, metric, config)
+        return config, dataclasses.replace(metric, detections=dataset.detections), dataset
     metric = metrics.resolve(DEFAULT_METRIC, config.metric_base)
     dataset = _open(opened, metric, config)
     if not (dataset.train.labelled or dataset.test.labelled):

@@ -125,7 +125,7 @@ def walk_ladder(bench: Bench, settings: Settings, time_left: Callable[[], float]
         candidate = record(bench.measured(plan))
         ladder.append(candidate)
         drop = candidate.drop.value if candidate.drop is not None else math.inf
-        if drop > LADDER_END * max(settings.delta, 0.1) or time_left() < allowed or cost <= floor:
+        if drop > LADDER_END * max(settings.delta, settings.least_delta) or time_left() < allowed or cost <= floor:
             break
         ratio *= LADDER_STEP if drop > EARLY * settings.delta else LADDER_STEP**2
     return ladder

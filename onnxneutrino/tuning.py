@@ -276,12 +276,10 @@ class Tuner:
         """`before` where `after` scores worse by more than its error, on held-out training images and deciding ones.
 
         The original has memorised the first, and a network made from it loses that memory when it is trained: there
-        alone a worse score says little.
+        alone a worse score says little. Without them the others decide alone.
         """
-        stop, select = self.task.stop, self.task.select
-        if stop is None or not self._loses(before, after, stop) or not self._loses(before, after, select):
-            return after
-        return before
+        judges = [split for split in (self.task.stop, self.task.select) if split is not None]
+        return before if all(self._loses(before, after, split) for split in judges) else after
 
     def _loses(self, before: Network, after: Network, split: Split) -> bool:
         split = split.subset(np.arange(min(len(split), STOP_IMAGES)))

@@ -234,11 +234,12 @@ def own(): return {"train": Once(), "test": [(np.ones((2, 2)), None)]}
 @pytest.mark.parametrize(
     ("body", "part"),
     [
-        ("return 3", "loader.py: own returned int; return an object or dict with train and test"),
-        ("return {'train': good}", "own returned no 'test'"),
+        ("return 3", "loader.py, line 3: own returned int; return an object or dict with train and test"),
+        ("return {'train': good}", "loader.py, line 3: own returned no 'test'; return"),
         ("return {'train': (b for b in good), 'test': good}", "train is a generator, which can be iterated only once"),
         ("return {'train': 5, 'test': good}", "train is int; return an iterable"),
-        ("return {'train': good, 'test': []}", "test has no batches"),
+        ("return {'train': good, 'test': []}", "loader.py, line 3: test has no batches"),
+        ("return {'train': good, 'test': good, 'detections': 5}", "line 3: own returned int as 'detections'; give a"),
         ("return {'train': good, 'test': [np.ones((2, 2))]}", "a batch is ndarray; give (inputs, targets)"),
         ("return {'train': good, 'test': [({'z': 1}, None)]}", "inputs are z; the model has x"),
         ("return {'train': good, 'test': [(np.ones((2, 3)), None)]}", "shape 3 do not fit the input 'x' of shape 2"),
@@ -260,6 +261,37 @@ def test_wrong_loaders_are_refused(tmp_path: Path, body: str, part: str) -> None
     message = refused(loader(tmp_path, text), VECTOR)
     assert "loader.py" in message
     assert part in message
+
+
+def test_targets_of_a_loader_may_differ_in_shape(tmp_path: Path) -> None:
+    """Boxes: a list of arrays, or padded in each batch to a length of its own."""
+    text = """
+import numpy as np
+def boxes(*counts): return [np.full((count, 5), 1.0) for count in counts]
+def own():
+    x = np.ones((2, 2))
+    ragged = [(x, boxes(3, 1)), (x, boxes(2, 2))]
+    padded = [(x, np.stack(boxes(4, 4))), (x, np.stack(boxes(2, 2)))]
+    return {"train": ragged, "test": padded, "detections": lambda outputs: outputs}
+"""
+    data = opened(loader(tmp_path, text), VECTOR, classes=None)
+    for split, counts in ((data.train, [3, 1, 2, 2]), (data.test, [4, 4, 2, 2])):
+        for size in (1, 3, 4):
+            whole = [own for batch in split.batches(size) for own in np.asarray(batch.targets)]
+            assert [len(own) for own in whole] == counts
+    assert data.detections is not None
+    assert data.detections([1]) == [1]
+    text = text.replace("boxes(3, 1)", "[np.full((1, 5), np.nan), np.ones((2, 5))]")
+    assert "train: targets: NaN or infinity in example 0" in refused(loader(tmp_path, text), VECTOR, classes=None)
+
+
+def test_a_share_without_targets_is_not_set_aside(tmp_path: Path) -> None:
+    """The metric of a labelled test split cannot be taken on it."""
+    text = SAME.replace("BATCHES", "[(np.ones((8, 2)), None)]")
+    text = text.replace('"test": part', '"test": [(np.ones((8, 2)), np.zeros(8, int))]')
+    data = opened(changed(loader(tmp_path, text), validation=0.25), VECTOR)
+    assert data.stop is None
+    assert len(data.train) == 8
 
 
 def test_loader_batches_of_the_other_layout_are_named(tmp_path: Path) -> None:

@@ -204,8 +204,10 @@ def test_a_function_may_have_targets_of_many_shapes(tmp_path: Path) -> None:
             "def own(outputs, targets):\n\n    return 1 / 0\n",
             "own.py, line 3: own failed with ZeroDivisionError",
         ),
-        ("def own(outputs, targets):\n    return 'high'\n", "own returned 'high'; return a finite number"),
-        ("def own(outputs, targets):\n    return float('nan')\n", "own returned nan"),
+        ("def own(outputs):\n    return 1.0\n", "own.py, line 1: own failed with TypeError: own() takes 1 positional"),
+        ("\ndef own(outputs, targets):\n    return 'high'\n", "own.py, line 2: own returned 'high'; return a finite"),
+        ("\ndef own(outputs, targets):\n    return outputs[0][0]\n", "line 2: own returned an array of shape (2,); "),
+        ("def own(outputs, targets):\n    return float('nan')\n", "own.py, line 1: own returned nan"),
     ],
 )
 def test_a_function_that_fails_is_named(tmp_path: Path, text: str, part: str) -> None:
@@ -215,6 +217,14 @@ def test_a_function_that_fails_is_named(tmp_path: Path, text: str, part: str) ->
         value(metric, rows)
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("declared", ["'no'", "0", "None"])
+def test_a_direction_that_is_no_truth_value_is_refused(tmp_path: Path, declared: str) -> None:
+    text = f"\ndef own(outputs, targets):\n    return 0.0\nown.higher_is_better = {declared}\n"
+    with pytest.raises(MetricError) as caught:
+        written(tmp_path, text)
+    assert f"own.py, line 2: own.higher_is_better is {declared}; set it to True or False" in str(caught.value)
 
 
 def test_a_function_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
@@ -233,9 +243,6 @@ def test_a_function_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(UsageError, match="'accuracy' is not known; known are top1"):
         resolve("accuracy", HERE)
-    for name in ("map", "map50"):
-        with pytest.raises(MetricError, match=r"not built in; give a function"):
-            resolve(name, HERE)
 
 
 SCORES = np.eye(3, dtype=np.float32)
