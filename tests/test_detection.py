@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from onnxneutrino import detection
+from onnxneutrino import detection, prepare
+from onnxneutrino.config import Config
 from onnxneutrino.data_function import UserFunction
 from onnxneutrino.errors import MetricError
+from onnxneutrino.graph import TensorType
+from onnxneutrino.losses import Loss
 from onnxneutrino.metrics import drop, resolve, statistics, value
 
 HERE = Path(".")
@@ -226,3 +230,28 @@ def test_without_the_library_one_line_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "pycocotools.cocoeval", None)
     with pytest.raises(MetricError, match=r"not installed; pip install 'onnxneutrino\[detection\]'"):
         statistics(resolve("map50", HERE), [np.zeros((1, 1, 6))], np.array([BOX]), None)
+
+
+HEADS = """
+<ir_version: 8, opset_import: ["": 17]>
+detector (float[batch, 3, 8, 8] images) => (float[batch, cells, 6] rows, float[batch, 2, 8, 8] plain) {
+    boxes = Conv(images, w4)
+    raw = Conv(images, w2)
+    scores = Sigmoid(raw)
+    both = Concat<axis = 1>(boxes, scores)
+    flat = Flatten<axis = 2>(both)
+    rows = Transpose<perm = [0, 2, 1]>(flat)
+    plain = Relu(raw)
+}"""
+
+
+def test_boxes_and_scores_are_learned_apart() -> None:
+    """Of one squared error over both the boxes would have nearly all, for their unit is another."""
+    model = onnx.parser.parse_model(HEADS)
+    shapes = {"boxes": (1, 4, 8, 8), "scores": (1, 2, 8, 8), "rows": (1, 64, 6), "plain": (1, 2, 8, 8)}
+    types = {name: TensorType(shape, np.dtype(np.float32)) for name, shape in shapes.items()}
+    config = Config(metric="map50")
+    assert prepare.choose_loss(model, types, config) == Loss("values", ("boxes", "scores", "plain"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((1, 4, 8, 8), np.float32), "boxes"))
+    del model.graph.node[0]  # a constant cannot be learned
+    assert prepare.choose_loss(model, types, config) == Loss("values", ("rows", "plain"))
