@@ -166,7 +166,8 @@ def _run(words: Sequence[str], seconds: float) -> None:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ask the whole group to end, then kill it."""
-    os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(END_SECONDS)
     with contextlib.suppress(ProcessLookupError):

@@ -21,6 +21,7 @@ from onnx import ModelProto, helper
 
 from onnxneutrino import clock, finetune, weights
 from onnxneutrino.blocks import Block, bottlenecks
+from onnxneutrino.config import TrainConfig
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.finetune import Arrays, Example, Trained
 from onnxneutrino.graph import TensorType, copied, expose, replace_uses
@@ -134,6 +135,7 @@ class GroupTraining:
         types: Mapping[str, TensorType],
         threads: int,
         keep: Callable[[NDArray[Any]], NDArray[Any]],
+        recipe: TrainConfig,
     ) -> None:
         """Prepare.
 
@@ -147,10 +149,11 @@ class GroupTraining:
             types: of the original's tensors at batch 1.
             threads: for the runtime.
             keep: puts an array where it may stay.
+            recipe: optimizer, schedule and averaging.
         """
         self._original, self._copy, self._student = original, copy, student
         self._loss, self._groups, self._names = loss, groups, names
-        self._types, self._threads, self._keep = types, threads, keep
+        self._types, self._threads, self._keep, self._recipe = types, threads, keep, recipe
         self._narrow = bottlenecks(original, [value.name for value in original.graph.output])
 
     def batches(self, size: int) -> int:
@@ -170,7 +173,7 @@ class GroupTraining:
         Args:
             batches: inputs, each of the training copy's batch.
             seconds: wall time to spend.
-            learning_rate: peak of AdamW's learning rate.
+            learning_rate: its peak.
             report: called with what is being done and the share of it that is finished.
 
         Raises:
@@ -233,10 +236,12 @@ class GroupTraining:
         names = [name for name in self._names if name in held]
         if not names:
             return None
-        with finetune.Trainer(model, names, loss, self._threads) as trainer:
+        with finetune.Trainer(model, names, loss, self._threads, self._recipe.optimizer) as trainer:
             return finetune.fine_tune(
                 trainer,
                 itertools.cycle(drawn),
                 seconds=share - (clock.now() - began),
                 learning_rate=learning_rate,
+                shape=self._recipe.schedule,
+                weight_average=self._recipe.weight_average,
             )

@@ -127,6 +127,8 @@ class Tuner:
         start = clock.now()
         task = self.task
         assert task.training is not None
+        if task.external is not None:
+            return self._elsewhere(task.external, network, seconds, name)
         loss, graph = self.loss, build(task, network, batched=True)
         names = list(trainable_names(task, network, graph))
         lessons = Lessons(self._tutor, self._fed(network), self._memory)
@@ -138,8 +140,6 @@ class Tuner:
             lessons.student = self._fed(self._learned(network, arrays))
 
         looks = Looks(task, lambda arrays: self._learned(network, arrays), hopeless)
-        if task.external is not None:
-            return self._elsewhere(task.external, network, graph, names, seconds, name)
         try:
             copy = training_copy(graph, task.batch, task.types)
             check_training_copy(graph, copy, next(source).inputs, task.threads)
@@ -170,14 +170,14 @@ class Tuner:
         self.fine_tunes.append(looks.record(name, result))
         return self._kept(network, mended(self._learned(network, result.arrays)), name)
 
-    def _elsewhere(
-        self, external: External, network: Network, graph: ModelProto, names: Sequence[str], seconds: float, name: str
-    ) -> Network | None:
+    def _elsewhere(self, external: External, network: Network, seconds: float, name: str) -> Network | None:
         """As `tuned`, by the user's own training loop.
 
         Raises:
             TrainingError: it failed where it had not worked before.
         """
+        graph = build(self.task, network, batched=True)
+        names = trainable_names(self.task, network, graph)
         try:
             arrays = external.trained(graph, self.task.batched, names, seconds)
         except TrainingError as error:
@@ -242,12 +242,17 @@ class Tuner:
             return build(task, self._learned(network, arrays), batched=True)
 
         groups = grouped(copy, plan.blocks, plan.loss, names, GROUP_BYTES)
-        training = GroupTraining(task.batched, copy, student, plan.loss, groups, names, task.types, task.threads, keep)
+        training = GroupTraining(
+            task.batched, copy, student, plan.loss, groups, names, task.types, task.threads, keep, task.recipe
+        )
         nothing = Lessons(lambda inputs: [], None)
         drawn = examples(task.train, task.batch, task.seed, nothing, False, len(self.fine_tunes))
         batches = [next(drawn).inputs for _ in range(training.batches(task.batch))]
         return training.train(
-            batches, seconds, range_test.DEFAULT_RATE, lambda what, share: self._tell(f"{name}: {what}", share)
+            batches,
+            seconds,
+            self._rate or range_test.DEFAULT_RATE,
+            lambda what, share: self._tell(f"{name}: {what}", share),
         )
 
     def _fed(self, network: Network) -> Runner | None:
