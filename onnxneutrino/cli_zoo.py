@@ -63,7 +63,7 @@ def fetch(
         from onnxneutrino.zoo.recipes import find
 
         start = time.perf_counter()
-        with Progress(False, sys.stderr.isatty()) as progress, messages():
+        with Progress(quiet=False, terminal=sys.stderr.isatty()) as progress, messages():
 
             def tell(detail: str) -> None:
                 progress(Event("fetch", detail, time.perf_counter() - start))
@@ -103,7 +103,7 @@ def train(
         from onnxneutrino.zoo import fetch as fetching
         from onnxneutrino.zoo import train as training
 
-        with Progress(False, sys.stderr.isatty()) as progress, messages():
+        with Progress(quiet=False, terminal=sys.stderr.isatty()) as progress, messages():
             found = training.train(
                 folder, seconds=time_limit, epochs=epochs, threads=threads or 0, seed=seed or 0, tell=progress
             )

