@@ -19,7 +19,7 @@ from torch.nn import functional
 
 DATA, BATCH, RATE = "cifar10.npz", 64, 1e-3  # x_train: bytes, N x H x W x C
 MEAN, STD = (0.4984, 0.5074, 0.5181), (0.2607, 0.2591, 0.2796)
-HEAT, LABELS = 3.0, 0.3  # softens both outputs; weight of the labels
+HEAT, LABELS, WARMUP = 3.0, 0.3, 0.1  # softens both outputs; weight of the labels; share of the time
 
 
 def _padded(own: dict[str, Any], x: torch.Tensor, value: float = 0.0) -> torch.Tensor:
@@ -69,7 +69,7 @@ def _batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def train(candidate: str, original: str, seconds: float) -> onnx.ModelProto:
-    """Train for so many seconds: AdamW, the learning rate a cosine over the time."""
+    """Train for so many seconds: AdamW, the learning rate a warm-up and a cosine over the time."""
     model, teacher = onnx.load(candidate), onnx.load(original)
     own, fixed = (
         {entry.name: torch.from_numpy(numpy_helper.to_array(entry).copy()) for entry in graph.graph.initializer}
@@ -82,7 +82,7 @@ def train(candidate: str, original: str, seconds: float) -> onnx.ModelProto:
         share = (time.monotonic() - start) / seconds
         if share >= 1:
             break
-        optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * share))
+        optimizer.param_groups[0]["lr"] = RATE * min(share / WARMUP, 0.5 * (1 + math.cos(math.pi * share)))
         with torch.no_grad():
             wanted = functional.softmax(_output(teacher, fixed, x) / HEAT, dim=1)
         given = _output(model, own, x)
