@@ -95,7 +95,7 @@ def train(
     json_file: str | None,
     debug: bool,
 ) -> None:
-    """Train FOLDER/model.onnx from its weights with the labels; the file is replaced where the metric rose."""
+    """Train FOLDER/model.onnx from its weights with the labels; it stays as it was where the metric fell."""
 
     def work() -> None:
         from onnxneutrino.formats import format_metric, format_seconds
