@@ -32,14 +32,14 @@ from onnx import ModelProto
 from onnxneutrino import choice, conductor, cost, finetune, prepare, summary, task, tuning
 from onnxneutrino.bench import Candidate
 from onnxneutrino.errors import ModelError, TrainingError
-from onnxneutrino.finetune import Example, prefetched
+from onnxneutrino.finetune import Example
 from onnxneutrino.graph import load
 from onnxneutrino.losses import PREFIX, Loss, loss_inputs
 from onnxneutrino.normalize import relative_error, restored
 from onnxneutrino.passes import fold_constants, free_batch, slim
 from onnxneutrino.runtime import Runner
 from onnxneutrino.task import Network, Task
-from onnxneutrino.teaching import Lessons, examples
+from onnxneutrino.teaching import Lessons, examples, prefetched
 from onnxneutrino.training_plan import TrainingPlan
 from onnxneutrino.tuning import Looks
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxneutrino import heap
+from onnxneutrino import heap, interrupts
 from onnxneutrino.cli_options import Duration, common_options, data_options
 from onnxneutrino.config import OBJECTIVES, Config, load_config
 from onnxneutrino.errors import NeutrinoError, OutputError, UsageError
@@ -68,6 +68,10 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="Repeat the run of this report bit for bit.",
 )
+@click.option(
+    "--run-dir", metavar="DIR", type=FILE, help="The run's own folder while it goes on; default OUT.ONNX.run."
+)
+@click.option("--resume", is_flag=True, help="Go on with the interrupted run that lies there, if there is one.")
 @data_options
 @common_options
 def compress(
@@ -76,6 +80,8 @@ def compress(
     quiet: bool,
     verbose: bool,
     replay: Path | None,
+    run_dir: Path | None,
+    resume: bool,
     json_file: str | None,
     debug: bool,
     **options: Any,
@@ -87,11 +93,13 @@ def compress(
         from onnxneutrino.progress import Progress
         from onnxneutrino.replay import check_repeated
 
+        if replay is not None and (resume or run_dir):
+            raise UsageError("--replay keeps no run directory; give it without --resume and --run-dir")
         before = None if replay is None else read_report(replay)
         config = configured(source, options, before)
         progress = Progress(quiet, sys.stderr.isatty(), verbose=verbose)
         with progress, messages():
-            report = delivery.compress_file(source, target, config, progress, command_line())
+            report = delivery.compress_file(source, target, config, progress, command_line(), run_dir, resume)
         if before is not None:
             check_repeated(before, report, target)
         show(console.outlook(report) if config.dry_run else console.summary(report), json_file)
@@ -289,19 +297,22 @@ def check_json(json_file: str | None) -> None:
 def run(work: Callable[[], None], json_file: str | None, debug: bool) -> None:
     """Do the work; an error becomes one line and its exit code, a traceback only with --debug."""
     try:
-        check_json(json_file)
-        work()
+        with interrupts.handled():
+            check_json(json_file)
+            work()
     except BrokenPipeError:
         raise  # the reader of standard output has gone, such as `| head`: click ends quietly
     except NeutrinoError as error:
         if debug:
             raise
-        click.echo(f"onnxneutrino: {error}", err=True)
+        how = interrupts.left()
+        onward = f"; {how}" if how and not isinstance(error, UsageError) else ""
+        click.echo(f"onnxneutrino: {error}{onward}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         if debug:
             raise
-        click.echo("onnxneutrino: interrupted; nothing was written", err=True)
+        interrupts.tell()
         sys.exit(1)
     except Exception as error:
         if debug:

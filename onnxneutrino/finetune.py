@@ -11,13 +11,11 @@ import contextlib
 import importlib.util
 import math
 import os
-import queue
 import sys
 import tempfile
-import threading
 import time
 import types
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +83,10 @@ class Trained:
     seconds: float
 
 
+class NotFiniteError(TrainingError):
+    """The loss or a trained array is not finite."""
+
+
 def check_gradients(model: ModelProto, trainable: Sequence[str], outputs: Sequence[str]) -> None:
     """Refuse a training copy with an operator that has no right gradient on the way to the loss.
 
@@ -106,7 +108,14 @@ class Trainer:
     Use it as a context manager: the artifacts lie in a temporary folder.
     """
 
-    def __init__(self, model: ModelProto, trainable: Sequence[str], loss: Loss, threads: int) -> None:
+    def __init__(
+        self,
+        model: ModelProto,
+        trainable: Sequence[str],
+        loss: Loss,
+        threads: int,
+        state: NDArray[np.uint8] | None = None,
+    ) -> None:
         """Make the artifacts.
 
         Args:
@@ -114,6 +123,7 @@ class Trainer:
             trainable: names of the initializers to train.
             loss: what to learn.
             threads: threads within an operator.
+            state: of another trainer of the same model, to go on from; None to begin.
 
         Raises:
             TrainingError: an operator between a trainable initializer and the loss has no right gradient, or
@@ -129,7 +139,7 @@ class Trainer:
         self._gradients: list[NDArray[Any]] = []
         try:
             self._module, self._optimizer, self._state = _artifacts(
-                graph_model, self.trainable, Path(self._folder.name), threads
+                graph_model, self.trainable, Path(self._folder.name), threads, state
             )
         except Exception as error:
             self._folder.cleanup()
@@ -149,12 +159,12 @@ class Trainer:
             The loss before it, less the teacher's own.
 
         Raises:
-            TrainingError: the loss is not finite.
+            NotFiniteError: the loss is not finite.
         """
         given = loss_inputs(self.loss, example.teacher, example.labels)
         loss = self._run(example, given)
         if not math.isfinite(loss):
-            raise TrainingError(f"the training loss became {loss}; lower the learning rate or check the data")
+            raise NotFiniteError(f"the training loss became {loss}; lower the learning rate or check the data")
         self._clip()
         self._optimizer.set_learning_rate(rate)
         self._optimizer.step()
@@ -171,6 +181,12 @@ class Trainer:
     def arrays(self) -> Arrays:
         """The trainable initializers as they are now."""
         return {name: np.array(self._state.parameters[name].data) for name in self.trainable}
+
+    def state(self) -> NDArray[np.uint8]:
+        """All that the next step follows from, AdamW's moments and number of steps included, bit for bit."""
+        path = Path(self._folder.name, "state")
+        self._state.save_checkpoint(self._state, str(path), include_optimizer_state=True)
+        return np.frombuffer(path.read_bytes(), np.uint8)
 
     def _run(self, example: Example, given: Mapping[str, NDArray[Any]]) -> float:
         values = {**example.inputs, **given}
@@ -226,7 +242,9 @@ def _training_package() -> tuple[Any, Any, Any]:
     return artifacts, onnxblock, api
 
 
-def _artifacts(model: ModelProto, trainable: Sequence[str], folder: Path, threads: int) -> tuple[Any, Any, Any]:
+def _artifacts(
+    model: ModelProto, trainable: Sequence[str], folder: Path, threads: int, begin: NDArray[np.uint8] | None
+) -> tuple[Any, Any, Any]:
     artifacts, onnxblock, api = _training_package()
     with _silent_stderr():
         artifacts.generate_artifacts(
@@ -243,6 +261,8 @@ def _artifacts(model: ModelProto, trainable: Sequence[str], folder: Path, thread
             made = faster_gradients(made)
         onnx.save(made, folder / name)
         del made
+    if begin is not None:
+        (folder / "checkpoint").write_bytes(begin.tobytes())
     state = api.CheckpointState.load_checkpoint(str(folder / "checkpoint"))
     module = api.Module(str(folder / "training_model.onnx"), state, session_options=session_options(threads))
     optimizer = api.Optimizer(str(folder / "optimizer_model.onnx"), module)
@@ -325,7 +345,7 @@ def fine_tune(
             of the steps that it stands for; True ends the training there.
 
     Raises:
-        TrainingError: the loss or a trained array is not finite.
+        NotFiniteError: the loss or a trained array is not finite.
     """
     start = begun = clock.now()
     given = steps
@@ -355,43 +375,8 @@ def fine_tune(
     arrays = trainer.arrays()
     for name, array in arrays.items():
         if not np.isfinite(array).all():  # what the last step did shows in no loss
-            raise TrainingError(f"'{name}' is not finite after training; lower the learning rate or check the data")
+            raise NotFiniteError(f"'{name}' is not finite after training; lower the learning rate or check the data")
     return Trained(arrays, tuple(losses), schedule, clock.now() - start)
-
-
-def prefetched(examples: Iterator[Example], depth: int = 2) -> Generator[Example, None, None]:
-    """The same examples, made in a second thread while the trainer steps; its errors are raised here."""
-    waiting: queue.Queue[Example | BaseException | None] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: Example | BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                waiting.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for example in examples:
-                put(example)
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while (item := waiting.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
 
 
 def trainable_arrays(arrays: Mapping[str, NDArray[Any]], names: Sequence[str]) -> list[str]:

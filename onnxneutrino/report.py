@@ -309,6 +309,7 @@ class Report:
         warnings: what the user should know about the run.
         sha256: of the written model; its external data's name has their own digest in it.
         clock: every reading of time that decided something, in seconds (`--replay`).
+        run: digest of options, versions, model and data (`--resume`).
     """
 
     model: str
@@ -343,6 +344,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     sha256: str = ""
     clock: tuple[float, ...] = ()
+    run: str = ""
 
     @property
     def written(self) -> SixMetrics:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+import queue
+import threading
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,7 +63,9 @@ class Lessons:
         return [*learned, *(student(inputs) if student is not None else ())]
 
 
-def examples(split: Split, batch: int, seed: int, lessons: Lessons, labels: bool, first: int = 0) -> Iterator[Example]:
+def examples(
+    split: Split, batch: int, seed: int, lessons: Lessons, labels: bool, first: int = 0, skip: int = 0
+) -> Generator[Example, None, None]:
     """Endless batches of exactly `batch` examples; short ones are left out.
 
     The epochs of a split that is read by number take turns among three orders and augmentations, so that the
@@ -74,16 +78,58 @@ def examples(split: Split, batch: int, seed: int, lessons: Lessons, labels: bool
         lessons: gives the tensors that the loss is taken with.
         labels: hand integer labels on where the split has them.
         first: number of the first epoch.
+        skip: batches to leave out before the first one that is given.
     """
     repeats = isinstance(split, IndexedSplit)
+    if repeats:
+        epochs, skip = divmod(skip, len(split) // batch)
+        first += epochs
     for epoch in itertools.count(first):
         turn = epoch % TURNS if repeats else epoch
         for index, drawn in enumerate(split.batches(batch, seed=seed * 1009 + turn, augment=True)):
             if len(drawn) < batch:
                 continue
+            if skip > 0:
+                skip -= 1
+                continue
             usable = labels and drawn.targets is not None and np.issubdtype(drawn.targets.dtype, np.integer)
             answers = lessons(drawn.inputs, (turn, index) if repeats else None)
             yield Example(drawn.inputs, answers, drawn.targets if usable else None)
+
+
+def prefetched(examples: Iterator[Example], depth: int = 2) -> Generator[Example, None, None]:
+    """The same examples, made in a second thread while the trainer steps; its errors are raised here."""
+    waiting: queue.Queue[Example | BaseException | None] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: Example | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                waiting.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for example in examples:
+                put(example)
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (item := waiting.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
 
 
 def teacher_error(drawn: Iterator[Example], batches: int) -> float | None:

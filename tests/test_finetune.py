@@ -20,9 +20,10 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxneutrino import clock, finetune
 from onnxneutrino.errors import TrainingError
-from onnxneutrino.finetune import Example, Schedule, Trainer, fine_tune, prefetched
+from onnxneutrino.finetune import Example, Schedule, Trainer, fine_tune
 from onnxneutrino.graph import arrays, with_arrays
 from onnxneutrino.losses import Loss, loss_inputs, teacher_loss
+from onnxneutrino.teaching import prefetched
 from onnxneutrino.training_copy import training_copy
 
 BATCH = 4
