@@ -9,9 +9,9 @@ import dataclasses
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,7 @@ KINDS = {
 HEAD = "head"
 
 Arrays = list[NDArray[Any]]
+Read = TypeVar("Read")
 
 
 def packed(value: Any) -> tuple[Any, Arrays]:
@@ -116,18 +117,17 @@ def write_record(path: Path, head: Mapping[str, Any], arrays: Arrays) -> None:
 
 def read_head(path: Path) -> dict[str, Any] | None:
     """The JSON of a record; None for a file that is none, or damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as members:
-            head: dict[str, Any] = json.loads(members[HEAD].tobytes())
-            return head
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+    return _read(path, lambda members: json.loads(members[HEAD].tobytes()))
 
 
 def read_arrays(path: Path) -> Arrays | None:
-    """The arrays of a record; None for a file that is damaged."""
+    """The arrays of a record; None for a file that is none, or damaged."""
+    return _read(path, lambda members: [members[str(index)] for index in range(len(members) - 1)])
+
+
+def _read(path: Path, wanted: Callable[[Mapping[str, NDArray[Any]]], Read]) -> Read | None:
     try:
-        with np.load(path, allow_pickle=False) as members:
-            return [members[str(index)] for index in range(len(members.files) - 1)]
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
+            return wanted(members)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -163,7 +163,7 @@ def _clear(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which the system takes back when the process ends; remove the folder once empty."""
+    """Hold the lock of a folder, which the system takes back when the process ends; remove the folder without a run."""
     try:
         folder.mkdir(exist_ok=True)
         descriptor = _lock(folder / LOCK)
@@ -172,7 +172,7 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if not any(path.name != LOCK for path in folder.iterdir()):
+        if not (folder / STARTED).exists():
             (folder / LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 folder.rmdir()
