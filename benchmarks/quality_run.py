@@ -101,7 +101,9 @@ def baseline(method: str, model: Path) -> Iterator[None]:
             stack.enter_context(baseline_pruning.in_place(model))
         if method in PLAIN:
 
-            def made(task: Task, seconds: float, tell: Callable[[str, float], None], watch: object) -> Baseline:
+            def made(
+                task: Task, seconds: float, tell: Callable[[str, float], None], *_: object, **__: object
+            ) -> Baseline:
                 return Baseline(task, tell, PLAIN[method])
 
             stack.enter_context(mock.patch.object(conductor, "Workbench", made))

@@ -139,7 +139,8 @@ def calibrate(
             del values, inputs  # or they would stay while the next batch runs
             done += size
             progress(done)
-            if done >= examples or clock.now() > deadline:
+            # Without a deadline no time is read: a repetition may calibrate where the run itself still had the moments.
+            if done >= examples or (deadline < math.inf and clock.now() > deadline):
                 break
     # One layer after the other gives up its sum, so that sums and moments are not both there in full.
     return {layer.name: _kept(sums.pop(layer.name).moments(), keep) for layer in layers}, done

@@ -69,6 +69,10 @@ main.add_command(zoo)
     type=click.Path(path_type=Path),
     help="Repeat the run of this report bit for bit.",
 )
+@click.option(
+    "--run-dir", metavar="DIR", type=FILE, help="The run's own folder while it goes on; default OUT.ONNX.run."
+)
+@click.option("--resume", is_flag=True, help="Go on with the interrupted run that lies there, if there is one.")
 @train_options
 @data_options
 @common_options
@@ -78,6 +82,8 @@ def compress(
     quiet: bool,
     verbose: bool,
     replay: Path | None,
+    run_dir: Path | None,
+    resume: bool,
     json_file: str | None,
     debug: bool,
     **options: Any,
@@ -89,11 +95,13 @@ def compress(
         from onnxneutrino.progress import Progress
         from onnxneutrino.replay import check_repeated
 
+        if replay is not None and (resume or run_dir):
+            raise UsageError("--replay keeps no run directory; give it without --resume and --run-dir")
         before = None if replay is None else read_report(replay)
         config = configured(source, options, before)
         progress = Progress(quiet, sys.stderr.isatty(), verbose=verbose)
         with progress, messages():
-            report = delivery.compress_file(source, target, config, progress, command_line())
+            report = delivery.compress_file(source, target, config, progress, command_line(), run_dir, resume)
         if before is not None:
             check_repeated(before, report, target)
         show(console.outlook(report) if config.dry_run else console.summary(report), json_file)

@@ -14,7 +14,8 @@ from typing import Any
 
 import click
 
-from onnxneutrino.errors import NeutrinoError, OutputError
+from onnxneutrino import interrupts
+from onnxneutrino.errors import NeutrinoError, OutputError, UsageError
 
 PIPE_WIDTH = 240
 ERROR_TEXT = 240
@@ -69,19 +70,22 @@ def check_json(json_file: str | None) -> None:
 def run(work: Callable[[], None], json_file: str | None, debug: bool) -> None:
     """Do the work; an error becomes one line and its exit code, a traceback only with --debug."""
     try:
-        check_json(json_file)
-        work()
+        with interrupts.handled():
+            check_json(json_file)
+            work()
     except BrokenPipeError:
         raise  # the reader of standard output has gone, such as `| head`: click ends quietly
     except NeutrinoError as error:
         if debug:
             raise
-        click.echo(f"onnxneutrino: {error}", err=True)
+        how = interrupts.left()
+        onward = f"; {how}" if how and not isinstance(error, UsageError) else ""
+        click.echo(f"onnxneutrino: {error}{onward}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         if debug:
             raise
-        click.echo("onnxneutrino: interrupted; nothing was written", err=True)
+        interrupts.tell()
         sys.exit(1)
     except Exception as error:
         if debug:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -26,6 +27,7 @@ from onnxneutrino.external import load_external
 from onnxneutrino.figures import figures, rest_cost
 from onnxneutrino.formats import format_metric
 from onnxneutrino.hooks import Hooks
+from onnxneutrino.journal import UNKEPT, Journal
 from onnxneutrino.layer_options import GOAL, Objective, Target
 from onnxneutrino.normalize import normalize
 from onnxneutrino.own_loss import OwnLoss, load_loss, prepared
@@ -47,6 +49,7 @@ LARGE_DROP, LEAST_DELTA = 0.1, 0.001  # of the original's metric
 SAMPLES = 3
 VERIFICATIONS = 3
 VERIFY_SECONDS = 5.0
+LARGE = "so large a model keeps no journal: --resume starts its search anew"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +76,7 @@ def compress(
     name: str = "model",
     size_bytes: int | None = None,
     tell: Tell = lambda event: None,
+    journal: Journal = UNKEPT,
 ) -> Result:
     """Compress a model.
 
@@ -82,19 +86,23 @@ def compress(
         name: how messages and the report call the model.
         size_bytes: of the model on disk; None for its size in memory.
         tell: progress.
+        journal: of the run, which goes on from there.
 
     Raises:
         NeutrinoError: see `errors`.
     """
     # Layers are worked on side by side, each with one thread: the linear algebra libraries' own threads wait for
     # each other in a loop, which on cores shared with anything else costs several times what it saves.
-    with threadpool_limits(limits=1, user_api="blas"), recording(config.clock) as tape:
-        result = _compress(model, config, name, size_bytes, tell)
+    recorded, onward = (journal.readings, True) if config.clock is None else (config.clock, False)
+    with threadpool_limits(limits=1, user_api="blas"), recording(recorded, onward) as tape:
+        result = _compress(model, config, name, size_bytes, tell, journal)
     return dataclasses.replace(result, report=dataclasses.replace(result.report, clock=tuple(tape.readings)))
 
 
-def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | None, tell: Tell) -> Result:
-    clock = Phases(config.time_limit, tell)
+def _compress(
+    model: ModelProto, config: Config, name: str, size_bytes: int | None, tell: Tell, journal: Journal
+) -> Result:
+    clock = Phases(config.time_limit, tell, lambda: journal.seconds)
     clock.phase("load")
     conflict = runtime_conflict()
     warnings = [conflict] if conflict else []
@@ -114,12 +122,15 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     clock.phase("measure the original")
     batch = prepare.evaluation_batch(opened) if marked.freed else 1
     start = now()
-    rows = prepare.evaluate(marked.batched, judges.test, metric, batch, config.threads, marked.batched)
+    rows = journal.step(
+        "the original's metric",
+        lambda: prepare.evaluate(marked.batched, judges.test, metric, batch, config.threads, marked.batched),
+    )
     evaluation_seconds = now() - start
     value = metrics.value(metric, rows)
     prepare.check_not_chance(value, metric, opened, config)
     clock.say(f"{name}: {metric.name} {format_metric(value)} on {len(rows)} test examples")
-    objective = make_objective(marked, config, judges, clock)
+    objective = make_objective(marked, config, judges, clock, journal)
     task = make_task(marked, config, metric, dataset, judges, rows, batch, objective)
     task = dataclasses.replace(task, external=external)
     settings = Settings(
@@ -142,11 +153,15 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
     else:
         if settings.train:
             clock.phase("check gradients")
-            task = with_training(task, config, warnings, own)
-        able = dataclasses.replace(settings, train=task.training is not None)
-        found = _searched(task, able, value, reserve, clock, hooks)
+            task = with_training(task, config, warnings, own, journal)
+        settings = dataclasses.replace(settings, train=task.training is not None)
+        if large.is_large(task.layers):  # its arrays lie in temporary files
+            if journal is not UNKEPT:
+                warnings.append(LARGE)
+            journal = UNKEPT
+        found = _searched(task, settings, value, reserve, clock, hooks, journal)
     clock.phase("verify")
-    warnings.extend(found.warnings)
+    warnings.extend((*found.warnings, *journal.warnings))
     chosen = choose(found.candidates, settings, task, rows, judges, opened.model, warnings)
     report = make_report(
         opened,
@@ -185,28 +200,37 @@ class Found:
     warnings: tuple[str, ...] = ()
 
 
-def _searched(task: Task, settings: Settings, value: float, reserve: float, clock: Phases, hooks: Hooks) -> Found:
+def _searched(
+    task: Task, settings: Settings, value: float, reserve: float, clock: Phases, hooks: Hooks, journal: Journal
+) -> Found:
     """Calibrate and search; `value` is the original's metric, `reserve` the seconds that verification takes."""
     warnings = large.notes(task.layers, task.training is not None)
     clock.phase("calibrate")
     seconds = CALIBRATION_SHARE * settings.time_limit
 
     def before(candidate: Candidate) -> None:
-        hooks.before(candidate, bench.full_cost, lambda: build(task, candidate.network))
+        if task.recipe.before:
+            model = partial(build, task, candidate.network)
+            journal.step("before a candidate", lambda: hooks.before(candidate, bench.full_cost, model))
 
-    bench = Workbench(task, seconds, lambda what, share: clock.tell(what), clock.watch, before=before)
+    bench = Workbench(task, seconds, lambda what, share: clock.tell(what), clock.watch, before=before, journal=journal)
     clock.say(f"calibrated {len(task.layers)} layers on {bench.calibration_images} inputs", aside=True)
     clock.phase("search")
     tried: list[CandidateRow] = []
 
     def note(candidate: Candidate, ok: bool) -> bool:
-        refused = hooks.after(candidate, bench.full_cost, ok, lambda: build(task, candidate.network))
+        model = partial(build, task, candidate.network)
+        refused = bool(task.recipe.after) and journal.step(
+            "after a candidate", lambda: hooks.after(candidate, bench.full_cost, ok, model)
+        )
         ok = ok and not refused
         smallest = ok and not any(row.accepted and row.cost <= candidate.cost for row in tried)
         tried.append(candidate_row(candidate, ok, task, value, task.recipe.after if refused else ""))
         told = candidate_told(candidate, bench.full_cost)
         verdict = f"{REFUSED}{task.recipe.after}" if refused else "accepted" if ok else "refused"
         clock.say(f"{candidate.name}: {told}, {verdict}", best=told if smallest else "")
+        if smallest:
+            journal.best(model, told)
         return not refused
 
     find = search_targets if settings.goal else search
@@ -299,14 +323,18 @@ def make_task(
     )
 
 
-def make_objective(marked: Marked, config: Config, judges: Deciding, clock: Phases) -> Objective:
+def make_objective(
+    marked: Marked, config: Config, judges: Deciding, clock: Phases, journal: Journal = UNKEPT
+) -> Objective:
     """What costs are counted in: the hard targets, else the objective; latencies are measured where they count."""
     names = tuple(config.limits) or (config.objective,)
     units: dict[str, str | LatencyTable] = {name: name for name in names}
     if "latency" in names:
         clock.phase("measure latencies")
         example, seconds = prepare.first_examples(judges.select, 1)[0], LATENCY_SHARE * config.time_limit
-        units["latency"] = measure(marked.model, marked.layers, example, config.threads, seconds)
+        units["latency"] = journal.step(
+            "latencies", lambda: measure(marked.model, marked.layers, example, config.threads, seconds)
+        )
     if not config.limits:
         return units[config.objective]
     return tuple(
@@ -314,7 +342,9 @@ def make_objective(marked: Marked, config: Config, judges: Deciding, clock: Phas
     )
 
 
-def with_training(task: Task, config: Config, warnings: list[str], own: OwnLoss | None = None) -> Task:
+def with_training(
+    task: Task, config: Config, warnings: list[str], own: OwnLoss | None = None, journal: Journal = UNKEPT
+) -> Task:
     """The task with the way in which it is trained; without one, and a warning, where nothing can be.
 
     Raises:
@@ -332,17 +362,20 @@ def with_training(task: Task, config: Config, warnings: list[str], own: OwnLoss 
         outputs = Runner(task.batched, names, threads=task.threads)(first.inputs)
         loss = prepared(own, dict(zip(names, outputs, strict=True)), labels, task.threads)
     try:
-        plan = plan_training(
-            task.batched,
-            task.types,
-            task.layers,
-            task.trainable,
-            loss,
-            first.inputs,
-            batch=task.batch,
-            reconstruct=config.trainer == "reconstruct",
-            threads=task.threads,
-            labels=labels,
+        plan = journal.step(
+            "gradients",
+            lambda: plan_training(
+                task.batched,
+                task.types,
+                task.layers,
+                task.trainable,
+                loss,
+                first.inputs,
+                batch=task.batch,
+                reconstruct=config.trainer == "reconstruct",
+                threads=task.threads,
+                labels=labels,
+            ),
         )
     except TrainingError as error:
         if own is not None:

@@ -60,6 +60,10 @@ class Trained:
     seconds: float
 
 
+class NotFiniteError(TrainingError):
+    """The loss or a trained array is not finite."""
+
+
 def check_gradients(
     model: ModelProto, trainable: Sequence[str], outputs: Sequence[str], batch_statistics: bool = False
 ) -> None:
@@ -97,6 +101,7 @@ class Trainer:
         *,
         weight_decay: float = 0.0,
         statistics: Sequence[str] = (),
+        state: NDArray[np.uint8] | None = None,
     ) -> None:
         """Make the artifacts.
 
@@ -108,6 +113,7 @@ class Trainer:
             optimizer: `adamw`, or `sgd` without momentum.
             weight_decay: of AdamW.
             statistics: names of the running averages of BatchNormalization in training form, which every step updates.
+            state: of another trainer of the same model, to go on from; None to begin.
 
         Raises:
             TrainingError: an operator between a trainable initializer and the loss has no right gradient, or
@@ -124,7 +130,14 @@ class Trainer:
         self._gradients: list[NDArray[Any]] = []
         try:
             self._module, self._optimizer, self._state = _artifacts(
-                graph_model, self.trainable, statistics, Path(self._folder.name), threads, optimizer, weight_decay
+                graph_model,
+                self.trainable,
+                statistics,
+                Path(self._folder.name),
+                threads,
+                optimizer,
+                weight_decay,
+                state,
             )
         except Exception as error:
             self._folder.cleanup()
@@ -144,12 +157,12 @@ class Trainer:
             The loss before it, less the teacher's own.
 
         Raises:
-            TrainingError: the loss is not finite.
+            NotFiniteError: the loss is not finite.
         """
         given = loss_inputs(self.loss, example.teacher, example.labels)
         loss = self._run(example, given)
         if not math.isfinite(loss):
-            raise TrainingError(f"the training loss became {loss}; lower the learning rate or check the data")
+            raise NotFiniteError(f"the training loss became {loss}; lower the learning rate or check the data")
         self._clip()
         self._optimizer.set_learning_rate(rate)
         self._optimizer.step()
@@ -166,6 +179,12 @@ class Trainer:
     def arrays(self) -> Arrays:
         """The trainable initializers and the statistics as they are now."""
         return {name: np.array(self._state.parameters[name].data) for name in (*self.trainable, *self._statistics)}
+
+    def state(self) -> NDArray[np.uint8]:
+        """All that the next step follows from, AdamW's moments and number of steps included, bit for bit."""
+        path = Path(self._folder.name, "state")
+        self._state.save_checkpoint(self._state, str(path), include_optimizer_state=True)
+        return np.frombuffer(path.read_bytes(), np.uint8)
 
     def _run(self, example: Example, given: Mapping[str, NDArray[Any]]) -> float:
         values = {**example.inputs, **given}
@@ -234,6 +253,7 @@ def _artifacts(
     threads: int,
     optimizer: str,
     weight_decay: float,
+    begin: NDArray[np.uint8] | None,
 ) -> tuple[Any, Any, Any]:
     artifacts, onnxblock, api = _training_package()
     with _silent_stderr():
@@ -252,6 +272,8 @@ def _artifacts(
             made = faster_gradients(made)
         onnx.save(made, folder / name)
         del made
+    if begin is not None:
+        (folder / "checkpoint").write_bytes(begin.tobytes())
     state = api.CheckpointState.load_checkpoint(str(folder / "checkpoint"))
     module = api.Module(str(folder / "training_model.onnx"), state, session_options=session_options(threads))
     return module, api.Optimizer(str(folder / "optimizer_model.onnx"), module), state
@@ -312,7 +334,7 @@ def fine_tune(
             of the steps that it stands for; True ends the training there.
 
     Raises:
-        TrainingError: the loss or a trained array is not finite.
+        NotFiniteError: the loss or a trained array is not finite.
     """
     start = begun = clock.now()
     given = steps
@@ -345,7 +367,7 @@ def fine_tune(
     arrays = average or trainer.arrays()
     for name, array in arrays.items():
         if not np.isfinite(array).all():  # what the last step did shows in no loss
-            raise TrainingError(f"'{name}' is not finite after training; lower the learning rate or check the data")
+            raise NotFiniteError(f"'{name}' is not finite after training; lower the learning rate or check the data")
     return Trained(arrays, tuple(losses), schedule, clock.now() - start)
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
-from onnxneutrino.clock import now
+from onnxneutrino.clock import now, shown
 from onnxneutrino.events import Event, TrainingStatus
 
 Tell = Callable[[Event], None]
+JOURNAL = "journal"
 
 
 class Phases:
     """The phases of a run, one after the other."""
 
-    def __init__(self, limit: float, tell: Tell) -> None:
-        """Start now; `limit` is in seconds."""
-        self._start = time.perf_counter()
+    def __init__(self, limit: float, tell: Tell, aside: Callable[[], float] = lambda: 0.0) -> None:
+        """Start now; `limit` is in seconds, as what `aside` gives: the time of a phase of its own, within others."""
         self._begun = now()
+        self._start = shown()
+        self._aside = aside
+        self._aside_start = aside()
         self._limit = limit
         self._tell = tell
         self._phase = ""
@@ -28,7 +30,7 @@ class Phases:
     @property
     def elapsed(self) -> float:
         """Seconds since the start."""
-        return time.perf_counter() - self._start
+        return shown() - self._start
 
     @property
     def left(self) -> float:
@@ -37,10 +39,13 @@ class Phases:
 
     def phase(self, name: str) -> None:
         """Close the current phase and begin `name`."""
-        time_now = time.perf_counter()
+        time_now, aside = shown(), self._aside()
         if self._phase:
-            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time_now - self._phase_start
-        self._phase, self._phase_start = name, time_now
+            spent = aside - self._aside_start
+            own = {self._phase: time_now - self._phase_start - spent, **({JOURNAL: spent} if spent else {})}
+            for phase, seconds in own.items():
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self._phase, self._phase_start, self._aside_start = name, time_now, aside
         self.tell("")
 
     def tell(self, detail: str) -> None:

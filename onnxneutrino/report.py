@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from onnxneutrino.errors import UsageError
 from onnxneutrino.json_values import MismatchError, decode, plain
@@ -310,6 +310,7 @@ class Report:
         warnings: what the user should know about the run.
         sha256: of the written model; its external data's name has their own digest in it.
         clock: every reading of time that decided something, in seconds (`--replay`).
+        run: digest of options, versions, model and data (`--resume`).
     """
 
     model: str
@@ -344,6 +345,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     sha256: str = ""
     clock: tuple[float, ...] = ()
+    run: str = ""
 
     @property
     def written(self) -> SixMetrics:
@@ -370,12 +372,11 @@ class Report:
             UsageError: not JSON, or not such a report; names the key.
         """
         try:
-            report: Report = decode(cls, json.loads(text), "report")
+            return cast(Report, decode(cls, json.loads(text), "report"))
         except json.JSONDecodeError as error:
             raise UsageError(f"{source}: is not JSON ({error}); give a report that compress wrote") from error
         except MismatchError as error:
             raise UsageError(f"{source}: {error}; give a report that this version wrote") from None
-        return report
 
 
 def enhancement(original: SixMetrics, compressed: SixMetrics, drop: float | None) -> Enhancement:

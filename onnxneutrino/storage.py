@@ -259,7 +259,7 @@ def save(model: ModelProto, path: Path, external: bool) -> None:
         written = True
         old = _data_of(path)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         for file in old:
             if file != data:
                 file.unlink(missing_ok=True)
@@ -334,7 +334,23 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file in one piece.
+
+    Raises:
+        OSError: the disk or the system refuses.
+    """
+    temporary = _temporary(path)
+    try:
+        _write(temporary, data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have what was renamed in a folder outlast a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -118,6 +118,23 @@ class FineTune:
     floor: float | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """What a fine-tune ended with.
+
+    Attributes:
+        network: the trained one, or that from before; None where training failed.
+        fine_tune: for the report; None where training failed.
+        warnings: for the report.
+        learning_rate: that later fine-tunes begin with; None where none was found yet.
+    """
+
+    network: Network | None
+    fine_tune: FineTune | None
+    warnings: tuple[str, ...]
+    learning_rate: float | None
+
+
 def build(task: Task, network: Network, batched: bool = False) -> ModelProto:
     """The graph of a network: deployable, or with a symbolic batch."""
     model = factorize(task.batched if batched else task.model, task.layers, network.factors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -62,8 +62,15 @@ class Lessons:
 
 
 def examples(
-    split: Split, batch: int, seed: int, lessons: Lessons, labels: bool, first: int = 0, kinds: str = "iu"
-) -> Iterator[Example]:
+    split: Split,
+    batch: int,
+    seed: int,
+    lessons: Lessons,
+    labels: bool,
+    first: int = 0,
+    kinds: str = "iu",
+    skip: int = 0,
+) -> Generator[Example, None, None]:
     """Endless batches of exactly `batch` examples; short ones are left out.
 
     The epochs of a split that is read by number take turns among three orders and augmentations, so that the
@@ -77,12 +84,19 @@ def examples(
         labels: hand labels on where the split has them.
         first: number of the first epoch.
         kinds: of numpy types that count as labels; integers alone, unless a loss of the user's takes others.
+        skip: batches to leave out before the first one that is given.
     """
     repeats = isinstance(split, IndexedSplit)
+    if repeats:
+        epochs, skip = divmod(skip, len(split) // batch)
+        first += epochs
     for epoch in itertools.count(first):
         turn = epoch % TURNS if repeats else epoch
         for index, drawn in enumerate(split.batches(batch, seed=seed * 1009 + turn, augment=True)):
             if len(drawn) < batch:
+                continue
+            if skip > 0:
+                skip -= 1
                 continue
             usable = labels and drawn.targets is not None and drawn.targets.dtype.kind in kinds
             answers = lessons(drawn.inputs, (turn, index) if repeats else None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,17 +20,20 @@ from onnxneutrino.errors import TrainingError
 from onnxneutrino.events import TrainingStatus
 from onnxneutrino.external import External
 from onnxneutrino.groups import GroupTraining, grouped
+from onnxneutrino.journal import UNKEPT, Journal
+from onnxneutrino.kept_training import KeptTraining
 from onnxneutrino.large import GROUP_BYTES
 from onnxneutrino.losses import Loss
 from onnxneutrino.passes.factorize import read_factors, stage_arrays, stage_names
 from onnxneutrino.prefetch import prefetched
 from onnxneutrino.prepare import evaluate
 from onnxneutrino.runtime import Runner
-from onnxneutrino.task import FineTune, Network, Task, build, trainable_names
+from onnxneutrino.task import FineTune, Network, Task, Tuned, build, trainable_names
 from onnxneutrino.teaching import Lessons, Memory, examples, teacher_error
 from onnxneutrino.training_copy import check_training_copy, training_copy
 
 RATE_SHARE = 0.1
+RATE_BATCHES = 32  # the range test takes 30 at most
 TEACHER_BATCHES = 16
 LABEL_WEIGHTS = (0.1, 0.8)
 LABEL_KINDS = "iufb"
@@ -53,13 +56,13 @@ class Looks:
         original = metrics.value(task.metric, self._rows)
         lowest = original - task.delta if task.metric.higher_is_better else original + task.delta
         self._floor = lowest if math.isfinite(lowest) else None
-        self._seen: dict[int, float] = {}
+        self.seen: dict[int, float] = {}
 
     def __call__(self, arrays: Mapping[str, NDArray[Any]], step: int, share: float) -> bool:
         """Whether training should end here."""
         task = self._task
         rows = metric_rows(task, self._learned(arrays), self._images)
-        self._seen[step] = metrics.value(task.metric, rows)
+        self.seen[step] = metrics.value(task.metric, rows)
         if share != HALF:
             return False
         drop = metrics.drop(task.metric, self._rows, rows, seed=task.seed)
@@ -68,13 +71,13 @@ class Looks:
     def status(self, name: str, step: int, steps: int, loss: float) -> TrainingStatus:
         """How far the fine-tune of the candidate `name` is."""
         epoch = step * self._task.batch / max(len(self._task.train), 1)
-        seen = next(reversed(self._seen.values()), None)
+        seen = next(reversed(self.seen.values()), None)
         return TrainingStatus(name, step, steps, epoch, loss, self._task.metric.name, seen, self._floor)
 
     def record(self, name: str, result: finetune.Trained) -> FineTune:
         """The fine-tune for the report."""
         rate, batch = result.schedule.learning_rate, result.schedule.batch
-        return FineTune(name, len(result.losses), batch, rate, result.losses, self._seen, self._floor)
+        return FineTune(name, len(result.losses), batch, rate, result.losses, self.seen, self._floor)
 
 
 class Tuner:
@@ -87,9 +90,11 @@ class Tuner:
         keep: Keep | None,
         tell: Callable[[str, float], None],
         watch: Callable[[TrainingStatus], None] = lambda status: None,
+        journal: Journal = UNKEPT,
     ) -> None:
-        """Take the task, the original on what its loss reads, where arrays go, and who hears of progress."""
+        """Take the task, the original on what its loss reads, where arrays go, who hears of progress, the journal."""
         self.task = task
+        self._journal = journal
         self._watch = watch
         self.fine_tunes: list[FineTune] = []
         self.warnings: list[str] = []
@@ -124,6 +129,21 @@ class Tuner:
             The trained network, or `network` itself, with a warning, where training made it worse; None, with a
             warning, when the loss does not stay finite.
         """
+        own = self._journal.step("fine-tune", lambda: self._tuned(network, seconds, name, hopeless, mended))
+        self._rate = own.learning_rate
+        self.warnings.extend(own.warnings)
+        if own.fine_tune is not None:
+            self.fine_tunes.append(own.fine_tune)
+        return own.network
+
+    def _tuned(
+        self,
+        network: Network,
+        seconds: float,
+        name: str,
+        hopeless: float,
+        mended: Callable[[Network], Network],
+    ) -> Tuned:
         start = clock.now()
         task = self.task
         assert task.training is not None
@@ -134,44 +154,70 @@ class Tuner:
         lessons = Lessons(self._tutor, self._fed(network), self._memory)
         labels = task.labels and loss.label_weight > 0
         kinds = LABEL_KINDS if loss.kind == "own" else "iu"
-        source = examples(task.train, task.batch, task.seed, lessons, labels, len(self.fine_tunes), kinds)
+        # What the range test learned from is known already, and would make a step look short.
+        first = RATE_BATCHES if self._rate is None else 0
+        warnings: list[str] = []
+
+        def drawn(skip: int = 0) -> Generator[finetune.Example, None, None]:
+            return examples(task.train, task.batch, task.seed, lessons, labels, len(self.fine_tunes), kinds, skip)
 
         def refresh(arrays: Mapping[str, NDArray[Any]]) -> None:
             lessons.student = self._fed(self._learned(network, arrays))
 
-        looks = Looks(task, lambda arrays: self._learned(network, arrays), hopeless)
-        try:
-            copy = training_copy(graph, task.batch, task.types)
-            check_training_copy(graph, copy, next(source).inputs, task.threads)
-            left = seconds - (clock.now() - start)
-            if self._keep is not None:
-                result = self._grouped(network, copy, names, left, name)
-            else:
-                rate = self._found_rate(copy, names, source, RATE_SHARE * left)
-                left = seconds - (clock.now() - start)
+        def trained(rate: float, left: float) -> tuple[finetune.Arrays, FineTune] | str:
+            """Arrays and the record for the report; or, where something is not finite, what."""
+            looks = Looks(task, lambda arrays: self._learned(network, arrays), hopeless)
+            # A moving average is made of the arrays of every step: such a fine-tune begins anew.
+            journal = UNKEPT if task.recipe.weight_average else self._journal
+            kept = KeptTraining(journal, looks, looks.seen, refresh)
+            source = drawn(first + kept.made)
+            # Lessons of batches ahead of a step would be those of the student before it, or not, as it happens.
+            ahead = source if loss.fed else prefetched(source)
+            try:
                 with (
-                    finetune.Trainer(copy, names, loss, task.threads, task.recipe.optimizer) as trainer,
-                    contextlib.closing(prefetched(source)) as ahead,
+                    finetune.Trainer(
+                        copy, names, loss, task.threads, task.recipe.optimizer, state=kept.state
+                    ) as trainer,
+                    contextlib.closing(ahead),
                 ):
                     result = finetune.fine_tune(
-                        trainer,
-                        ahead,
+                        cast(finetune.Trainer, kept.on(trainer)),
+                        kept.examples(ahead),
                         seconds=left,
                         learning_rate=rate,
                         shape=task.recipe.schedule,
                         weight_average=task.recipe.weight_average,
                         report=lambda step, steps, loss: self._watch(looks.status(name, step, steps, loss)),
-                        refresh=refresh if loss.fed else None,
-                        look=looks,
+                        refresh=kept.refresh if loss.fed else None,
+                        look=kept.look,
                     )
-        except TrainingError as error:
-            self.warnings.append(f"{name}: {error}; the candidate is dropped")
-            return None
-        self.fine_tunes.append(looks.record(name, result))
-        return self._kept(network, mended(self._learned(network, result.arrays)), name)
+            except finetune.NotFiniteError as error:
+                return str(error)
+            return result.arrays, looks.record(name, result)
 
-    def _elsewhere(self, external: External, network: Network, seconds: float, name: str) -> Network | None:
-        """As `tuned`, by the user's own training loop.
+        try:
+            copy = training_copy(graph, task.batch, task.types)
+            check_training_copy(graph, copy, next(drawn()).inputs, task.threads)
+            left = seconds - (clock.now() - start)
+            if self._keep is not None:
+                arrays, record = self._grouped(network, copy, names, left, name)
+            else:
+                rate = self._found_rate(copy, names, drawn(), RATE_SHARE * left)
+                left = seconds - (clock.now() - start)
+                made = self._journal.step("training at the found rate", lambda: trained(rate, left))
+                if isinstance(made, str):
+                    warnings.append(f"{name}: {made}; tried again at half the learning rate")
+                    left = seconds - (clock.now() - start)
+                    made = self._journal.step("training at half the rate", lambda: trained(rate / 2, left))
+                if isinstance(made, str):
+                    raise TrainingError(made)
+                arrays, record = made
+        except TrainingError as error:
+            return Tuned(None, None, (*warnings, f"{name}: {error}; the candidate is dropped"), self._rate)
+        return self._ended(network, mended(self._learned(network, arrays)), record, warnings)
+
+    def _elsewhere(self, external: External, network: Network, seconds: float, name: str) -> Tuned:
+        """As `_tuned`, by the user's own training loop.
 
         Raises:
             TrainingError: it failed where it had not worked before.
@@ -183,10 +229,9 @@ class Tuner:
         except TrainingError as error:
             if not self.fine_tunes:
                 raise
-            self.warnings.append(f"{name}: {error}; the candidate is dropped")
-            return None
-        self.fine_tunes.append(FineTune(name, 0, self.task.batch, math.nan, ()))
-        return self._kept(network, self._learned(network, arrays), name)
+            return Tuned(None, None, (f"{name}: {error}; the candidate is dropped",), self._rate)
+        record = FineTune(name, 0, self.task.batch, math.nan, ())
+        return self._ended(network, self._learned(network, arrays), record, ())
 
     def step_seconds(self, network: Network) -> float:
         """Wall time of one training step of a network, lessons included; infinite where it cannot be trained.
@@ -212,8 +257,12 @@ class Tuner:
     ) -> float:
         """The learning rate: the user's; else found on the first network, and used for all that follow from it."""
         if self._rate is None:
-            with finetune.Trainer(copy, names, self.loss, self.task.threads) as trainer:
-                self._rate = range_test.find_rate(trainer, source, seconds)
+
+            def found() -> float:
+                with finetune.Trainer(copy, names, self.loss, self.task.threads) as trainer:
+                    return range_test.find_rate(trainer, source, seconds)
+
+            self._rate = self._journal.step("learning rate", found)
         return self._rate
 
     @cached_property
@@ -232,7 +281,7 @@ class Tuner:
 
     def _grouped(
         self, network: Network, copy: ModelProto, names: Sequence[str], seconds: float, name: str
-    ) -> finetune.Trained:
+    ) -> tuple[finetune.Arrays, FineTune]:
         """Fine-tune a large network, a few blocks at a time."""
         task = self.task
         assert task.training is not None
@@ -248,12 +297,13 @@ class Tuner:
         nothing = Lessons(lambda inputs: [], None)
         drawn = examples(task.train, task.batch, task.seed, nothing, False, len(self.fine_tunes))
         batches = [next(drawn).inputs for _ in range(training.batches(task.batch))]
-        return training.train(
+        result = training.train(
             batches,
             seconds,
             self._rate or range_test.DEFAULT_RATE,
             lambda what, share: self._tell(f"{name}: {what}", share),
         )
+        return result.arrays, Looks(task, lambda arrays: network, math.inf).record(name, result)
 
     def _fed(self, network: Network) -> Runner | None:
         """Computes what the blocks of a network are given; None where it is trained as a whole."""
@@ -270,12 +320,11 @@ class Tuner:
         others = {name: array for name, array in arrays.items() if name not in held}
         return Network(factors, {**network.arrays, **others})
 
-    def _kept(self, before: Network, after: Network, name: str) -> Network:
-        """The better one; a warning where training was in vain."""
+    def _ended(self, before: Network, after: Network, record: FineTune, warnings: Sequence[str]) -> Tuned:
+        """With the better network; a warning where training was in vain."""
         better = self._better(before, after)
-        if better is before:
-            self.warnings.append(f"{name}: the metric fell; the weights before it were kept")
-        return better
+        vain = [f"{record.name}: the metric fell; the weights before it were kept"] if better is before else []
+        return Tuned(better, record, (*warnings, *vain), self._rate)
 
     def _better(self, before: Network, after: Network) -> Network:
         """`before` where `after` scores worse by more than its error, on held-out training images and deciding ones.

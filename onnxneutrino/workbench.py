@@ -23,6 +23,7 @@ from onnxneutrino.calibrate import calibrate, images_needed, in_place
 from onnxneutrino.events import TrainingStatus
 from onnxneutrino.factors import Moments
 from onnxneutrino.figures import figures
+from onnxneutrino.journal import UNKEPT, Journal
 from onnxneutrino.large import calibration_rows, is_large, probe_rows
 from onnxneutrino.layer_options import GOAL, LayerOptions, chains, kept_factors
 from onnxneutrino.passes.factorize import last_stage
@@ -56,6 +57,7 @@ class Workbench:
         watch: Callable[[TrainingStatus], None] = lambda status: None,
         images: int | None = None,
         before: Callable[[Candidate], None] = lambda candidate: None,
+        journal: Journal = UNKEPT,
     ) -> None:
         """Run the original on the probe images and calibrate every layer.
 
@@ -66,6 +68,7 @@ class Workbench:
             watch: called while a candidate is trained.
             images: calibration images; None for as many as the layers need.
             before: called with a candidate before it is trained.
+            journal: of the run.
         """
         self.task = task
         self._tell = tell
@@ -73,7 +76,8 @@ class Workbench:
         self._layers = {layer.name: layer for layer in task.layers}
         self._teacher = Runner(task.batched, task.loss.outputs, threads=task.threads)
         self._keep = Spool().keep if is_large(task.layers) else None
-        self.tuner = Tuner(task, self._teacher, self._keep, tell, watch)
+        self._journal = journal
+        self.tuner = Tuner(task, self._teacher, self._keep, tell, watch, journal)
         self._rows_wanted, probed = calibration_rows(task.layers), probe_rows(task.layers)
         affordable = PROBE_MACS // max(cost.macs(task.model, task.types), 1)
         most = min(probed, PROBE_IMAGES[1], max(affordable, PROBE_IMAGES[0]))
@@ -85,11 +89,12 @@ class Workbench:
         probed = sum(len(next(iter(batch.values()))) for batch in self.probe.batches)
         self._places = resting_places(task.batched, task.types, task.layers, task.loss.outputs, RESTING / probed)
         self._tell("measuring the curvature of the outputs", 0.0)
-        self._curvature = output_weightings(
-            task, self._teacher, calibration_seconds
-        )  # before the moments: both are large
+        # Before the moments: both are large.
+        self._curvature = journal.step("curvature", lambda: output_weightings(task, self._teacher, calibration_seconds))
         wanted = min(images_needed(task.layers, self._rows_wanted), len(task.train)) if images is None else images
-        moments, self.calibration_images = self._moments(Network(), wanted, calibration_seconds)
+        moments, self.calibration_images = journal.step(
+            "moments", lambda: self._moments(Network(), wanted, calibration_seconds)
+        )
         self._original = {
             layer.name: LayerOptions(
                 layer,
@@ -186,7 +191,7 @@ class Workbench:
             batches,
             images,
             task.seed,
-            clock.now() + seconds,
+            clock.now() + seconds if seconds < math.inf else seconds,
             lambda done: self._tell(f"calibrating, {done} of {images} inputs", min(done / images, 1.0)),
             task.threads,
             self._rows_wanted,
@@ -209,7 +214,10 @@ class Workbench:
     ) -> Candidate:
         """The plan of at most `cost` that diverges least from the original."""
         within = self._within if self._targets else None
-        return propose(self, source, cost, name, seconds, swap, self.task.seed, within)
+        self.sensitivities()  # a step of its own
+        return self._journal.step(
+            name, lambda: propose(self, source, cost, name, seconds, swap, self.task.seed, within)
+        )
 
     # --- networks -------------------------------------------------------------------------------------------
 
@@ -274,7 +282,16 @@ class Workbench:
         """See `sensitivity`; measured on the original and kept: a trained network stays close enough to it."""
         if not self._sensitivities:
             batch = None if self._keep is not None else self.probe.batches[0]
-            self._sensitivities = measured_sensitivities(self.task, self._original, self._places, batch, self._tell)
+            points = self._journal.step(
+                "sensitivities",
+                lambda: {
+                    name: curve.points
+                    for name, curve in measured_sensitivities(
+                        self.task, self._original, self._places, batch, self._tell
+                    ).items()
+                },
+            )
+            self._sensitivities = {name: Curve(own) for name, own in points.items()}
         return self._sensitivities
 
     @property
@@ -289,14 +306,18 @@ class Workbench:
         start = clock.now()
         self._tell(f"{candidate.name}: measuring", 0.0)
         task = self.task
-        rows = metric_rows(task, candidate.network, task.select)
-        drop = metrics.drop(task.metric, task.original_rows, rows, seed=task.seed)
+
+        def drop_of_candidate() -> metrics.Drop:
+            rows = metric_rows(task, candidate.network, task.select)
+            return metrics.drop(task.metric, task.original_rows, rows, seed=task.seed)
+
+        drop = self._journal.step("drop", drop_of_candidate)
         spent = clock.now() - start
         return dataclasses.replace(candidate, drop=drop, seconds=candidate.seconds + spent)
 
     def step_seconds(self, candidate: Candidate) -> float:
         """Wall time of one training step; infinite where it cannot be trained."""
-        return self.tuner.step_seconds(candidate.network)
+        return self._journal.step("step seconds", lambda: self.tuner.step_seconds(candidate.network))
 
     def trained(self, candidate: Candidate, seconds: float, name: str, hopeless: float = math.inf) -> Candidate | None:
         """Fine-tune all that can be trained; None, with a warning, when the loss does not stay finite."""

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -446,29 +443,6 @@ def test_dry_run(capfd: pytest.CaptureFixture[str], trainer: str, within: str) -
     assert float(gain[1]) > 1.5
     assert ("training and verifying would take up to " in shown) == (trainer == "ort")
     assert shown.endswith("Dry run: nothing was written.\n")
-
-
-def test_interrupt_during_training(folder: Path) -> None:
-    (folder / "tmp").mkdir()
-    before = names()
-    command = [sys.executable, "-m", "onnxneutrino", "compress", "in.onnx", "out.onnx", "--data", "data.npz"]
-    process = subprocess.Popen(
-        [*command, "--threads", "1", "--time-limit", "60s"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TMPDIR": str(folder / "tmp")},
-    )
-    while not any((folder / "tmp").iterdir()) and process.poll() is None:
-        time.sleep(0.02)  # the training artifacts are not there yet
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=20)
-    assert process.returncode in (1, 130, -signal.SIGINT)
-    assert error.endswith("\nonnxneutrino: interrupted; nothing was written\n")
-    assert "Traceback" not in error
-    assert out == ""
-    assert names() == before
 
 
 def test_help_of_every_command(capfd: pytest.CaptureFixture[str]) -> None:

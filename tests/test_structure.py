@@ -22,6 +22,7 @@ LONGEST = 400
 # Every module of the package, lowest first. A module may import only modules of earlier lines; `passes.*` is
 # any single pass, `passes` the tuples in passes/__init__.py, `` the package's own __init__.py.
 TIERS = (
+    ("interrupts",),
     ("errors", "heap", "json_values", "events", "html_style", "html_elements"),
     ("quantities", "prefetch", "schedules", "data_function"),
     ("config_checks",),
@@ -57,11 +58,14 @@ TIERS = (
     ("large", "groups"),
     ("training_plan",),
     ("task",),
+    ("records",),
+    ("journal",),
+    ("kept_training",),
     ("weightings", "tuning"),
     ("sensitivity", "figures"),
     ("workbench",),
     ("summary",),
-    ("choice",),
+    ("choice", "run_directory"),
     ("conductor", "replay"),
     ("delivery",),
     ("inspection",),
