@@ -95,7 +95,7 @@ class Problem:
         if self.weighting is None:
             return None
         outputs = len(self.weighting)
-        values, vectors = scipy.linalg.eigh(np.asarray(self.weighting, np.float64))
+        values, vectors = np.linalg.eigh(np.asarray(self.weighting, np.float64))
         values = np.maximum(values, 0)
         mean = values.mean()
         roots = np.sqrt(values / mean + 1e-3) if mean > 0 else np.ones(outputs)
@@ -178,7 +178,8 @@ def pointwise(matrix: NDArray[Any], axes: int) -> Stage:
 
 def top_eigenvectors(matrix: Double, count: int) -> tuple[Double, Double]:
     """The `count` largest eigenvalues of a symmetric `(n, n)`, descending, and their vectors `(n, count)`."""
-    values, vectors = scipy.linalg.eigh(matrix, driver="evd")
+    # NumPy's lets other threads go on meanwhile, an interrupt among them; SciPy's does not.
+    values, vectors = np.linalg.eigh(matrix)
     return values[::-1][:count], np.ascontiguousarray(vectors[:, ::-1][:, :count])
 
 

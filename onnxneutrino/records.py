@@ -24,7 +24,6 @@ from onnxneutrino.factors import Factors, Moments, Stage
 from onnxneutrino.losses import Loss
 from onnxneutrino.metrics import Drop
 from onnxneutrino.plan import Choice
-from onnxneutrino.storage import sync_folder
 from onnxneutrino.task import FineTune, Network, Tuned
 from onnxneutrino.training_plan import TrainingPlan
 
@@ -101,6 +100,8 @@ def unpacked(value: Any, arrays: Arrays) -> Any:
 def write_record(path: Path, head: Mapping[str, Any], arrays: Arrays) -> None:
     """Write JSON and arrays in one piece.
 
+    The folder is not synchronized: a rename that a loss of power takes back costs the step.
+
     Raises:
         OSError: the disk or the system refuses; what was at `path` is still there.
     """
@@ -112,7 +113,6 @@ def write_record(path: Path, head: Mapping[str, Any], arrays: Arrays) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def read_head(path: Path) -> dict[str, Any] | None:

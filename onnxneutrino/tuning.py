@@ -207,6 +207,7 @@ class Tuner:
                 made = self._journal.step("training at the found rate", lambda: trained(rate, left))
                 if isinstance(made, str):
                     warnings.append(f"{name}: {made}; tried again at half the learning rate")
+                    self._rate = rate / 2
                     left = seconds - (clock.now() - start)
                     made = self._journal.step("training at half the rate", lambda: trained(rate / 2, left))
                 if isinstance(made, str):

@@ -111,12 +111,12 @@ class SlowTime:
         self.seconds = 0.0
 
     def perf_counter(self) -> float:
-        self.seconds += 0.03
+        self.seconds += 0.25
         return self.seconds
 
 
 def compressed(folder: Path, said: list[str] | None = None, **options: Any) -> Report:
-    given = {"threads": 1, "time_limit": 20.0, "delta": 2.0, **options}
+    given = {"threads": 1, "time_limit": 40.0, "delta": 2.0, **options}
     config = load_config(Path("digits.onnx"), given)
     told: list[str] = [] if said is None else said
 
@@ -127,7 +127,7 @@ def compressed(folder: Path, said: list[str] | None = None, **options: Any) -> R
     return delivery.compress_file(Path("digits.onnx"), folder / "out.onnx", config, tell, resume=resume)
 
 
-@pytest.mark.parametrize(("trainer", "every"), [("ort", 5), ("reconstruct", 9)])
+@pytest.mark.parametrize(("trainer", "every"), [("ort", 6), ("reconstruct", 7)])
 def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(
     folder: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, every: int
 ) -> None:
@@ -140,7 +140,8 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(
             raise StoppedError
 
     monkeypatch.setattr(journal, "write_record", stopping)
-    monkeypatch.setattr(journal, "LEAST_PAUSE", 0.2)
+    monkeypatch.setattr(journal, "LEAST_PAUSE", 0.03)
+    monkeypatch.setattr(journal, "COST_SHARE", 1.0)
     monkeypatch.setattr(clock, "time", SlowTime())
     stops = 0
     while True:
@@ -150,7 +151,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(
         except StoppedError:
             stops += 1
             assert not (folder / "out.onnx").exists()
-    assert stops > 2
+    assert stops > 1
     assert any(name.endswith(".training") for name in written)
     first = (folder / "out.onnx").read_bytes()
     assert not (folder / "out.onnx.run").exists()

@@ -365,11 +365,35 @@ def test_a_training_that_fails_is_none_with_a_warning(
     before = list(bench.tuner.warnings)
     monkeypatch.setattr(bench.tuner, "_rate", np.inf)
     assert bench.trained(candidate, 0.5, "broken") is None
-    (warning,) = bench.tuner.warnings[len(before) :]
-    assert warning.startswith("broken: ")
-    assert "loss became nan" in warning or "not finite" in warning
-    assert "\n" not in warning
+    again, dropped = bench.tuner.warnings[len(before) :]
+    for warning, end in ((again, "tried again at half the learning rate"), (dropped, "the candidate is dropped")):
+        assert warning.startswith("broken: ")
+        assert "loss became nan" in warning or "not finite" in warning
+        assert warning.endswith(f"; {end}")
+        assert "\n" not in warning
     del bench.tuner.warnings[len(before) :]
+
+
+def test_a_training_that_fails_once_is_tried_at_half_the_rate(
+    task: Task, candidate: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Workbench(task, 60.0, images=64)
+    rates: list[float] = []
+    original = finetune.fine_tune
+
+    def once(*args: Any, learning_rate: float, **options: Any) -> finetune.Trained:
+        rates.append(learning_rate)
+        if len(rates) == 1:
+            raise finetune.NotFiniteError("the training loss became nan")
+        return original(*args, learning_rate=learning_rate, **options)
+
+    monkeypatch.setattr(finetune, "fine_tune", once)
+    monkeypatch.setattr(own.tuner, "_rate", 1e-3)
+    for name in ("first", "second"):
+        assert own.trained(candidate, 0.3, name) is not None
+    assert rates == [1e-3, 5e-4, 5e-4]  # what follows begins with what went well
+    assert [entry.name for entry in own.tuner.fine_tunes] == ["first", "second"]
+    assert own.tuner.warnings[0].startswith("first: the training loss became nan; tried again at half")
 
 
 def test_a_training_that_makes_it_worse_is_taken_back(
@@ -381,7 +405,7 @@ def test_a_training_that_makes_it_worse_is_taken_back(
         monkeypatch.setattr(judged.tuner, "_rate", 3.0)
         found = judged.trained(candidate, 0.5, "worse")
         assert found is not None
-        assert found.network is candidate.network
+        assert build(task, found.network) == build(task, candidate.network)
         assert judged.tuner.warnings == ["worse: the metric fell; the weights before it were kept"]
 
 
