@@ -28,6 +28,7 @@ TRAINERS = ("ort", "reconstruct", "none")
 LAYOUTS = ("NCHW", "NHWC")
 AUGMENTATIONS = ("crop4", "hflip")
 DELTA = 1.0
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _read_toml(model_path: Path | None) -> tuple[dict[str, Any], Path, str]:
     path = toml_path(model_path)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # a number of 5000 digits, or 5000 brackets, too
         raise UsageError(f"{path}: cannot be read as TOML: {error}") from error
     for name, table in tables.items():
         if name not in ("data", "metric", "compress") or not isinstance(table, dict):
@@ -224,7 +225,7 @@ def _check(values: dict[str, Any], sources: Mapping[str, str]) -> None:
         if key in values:
             try:
                 values[key] = check(values[key])
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:
                 raise UsageError(f"{sources[key]}: {key.replace('_', '-')} {error}") from None
 
 
@@ -267,6 +268,12 @@ def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"must be a whole number from 0, got {value!r}")
     return value
+
+
+def _thread_count(value: Any) -> int:
+    if _whole(value) > MOST_THREADS:
+        raise ValueError(f"must be at most {MOST_THREADS}, got {value!r}")
+    return int(value)
 
 
 def _at_least_one(value: Any) -> int:
@@ -356,7 +363,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "only": _each(_text),
     "labels": _switch,
     "seed": _whole,
-    "threads": _whole,
+    "threads": _thread_count,
     "trainer": _choice(TRAINERS),
     "confidence": _confidence,
     "dry_run": _switch,
