@@ -136,7 +136,7 @@ def _compress(model: ModelProto, config: Config, name: str, size_bytes: int | No
         if settings.train:
             clock.phase("check gradients")
             task = with_training(task, config, warnings)
-        found = _searched(task, dataclasses.replace(settings, train=task.training is not None), value, reserve, clock)
+        found = _searched(task, dataclasses.replace(settings, train=task.training is not None), reserve, clock)
     clock.phase("verify")
     warnings.extend(found.warnings)
     chosen = choose(found.candidates, settings, task, rows, judges, opened.model, warnings)
@@ -177,8 +177,8 @@ class Found:
     warnings: tuple[str, ...] = ()
 
 
-def _searched(task: Task, settings: Settings, value: float, reserve: float, clock: Phases) -> Found:
-    """Calibrate and search; `value` is the original's metric, `reserve` the seconds that verification takes."""
+def _searched(task: Task, settings: Settings, reserve: float, clock: Phases) -> Found:
+    """Calibrate and search; `reserve` is the seconds that verification takes."""
     warnings = large.notes(task.layers, task.training is not None)
     clock.phase("calibrate")
     seconds = CALIBRATION_SHARE * settings.time_limit
@@ -189,7 +189,7 @@ def _searched(task: Task, settings: Settings, value: float, reserve: float, cloc
 
     def note(candidate: Candidate, ok: bool) -> None:
         smallest = ok and not any(row.accepted and row.cost <= candidate.cost for row in tried)
-        tried.append(candidate_row(candidate, ok, task, value))
+        tried.append(candidate_row(candidate, ok, task))
         told = candidate_told(candidate, bench.full_cost)
         clock.say(f"{candidate.name}: {told}, {'accepted' if ok else 'refused'}", best=told if smallest else "")
 

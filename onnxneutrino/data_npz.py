@@ -105,9 +105,9 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
         DataError: not an npz file, damaged, or with pickled arrays.
     """
     wanted = [f"{kind}_{split}" for split in ("train", "val", "test") for kind in "xy"]
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"{path}: is not an .npz file; write it with numpy.savez")
     try:
+        if not zipfile.is_zipfile(path):
+            raise DataError(f"{path}: is not an .npz file; write it with numpy.savez")
         with zipfile.ZipFile(path) as archive:
             members = {Path(info.filename).stem: info for info in archive.infolist()}
             if not any(name in members for name in wanted):

@@ -31,6 +31,7 @@ BOUNDED = frozenset({"pads", "output_padding", "output_shape", "shape", "hidden_
 COMPUTED_BYTES = 2**28
 COMPUTED_FACTOR = 4
 MEMORY_SHARE = 0.5
+RANKS = {"Conv": (3, math.inf), "ConvTranspose": (3, math.inf), "Gemm": (2, 2), "MatMul": (1, math.inf)}
 
 
 def structure_fault(model: ModelProto) -> str | None:
@@ -68,6 +69,7 @@ def structure_fault(model: ModelProto) -> str | None:
     try:
         _check_texts(model)
         measured(model.graph.node, ())
+        _check_ranks(model.graph)
         for key, nodes in calls.items():
             measured(nodes, (key,))
         _check_tensors(model)
@@ -113,6 +115,17 @@ def _check_node(node: NodeProto, inside_function: bool) -> None:
         for value in (attribute.i,) if attribute.type == AttributeProto.INT else attribute.ints:
             if not least <= value <= LARGEST_ATTRIBUTE:
                 raise _FaultError(f"{where} has {name} {value}; export the model again")
+
+
+def _check_ranks(graph: GraphProto) -> None:
+    """Refuse weights whose rank their operator does not take: whoever reads them relies on it."""
+    ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:
+        least, most = RANKS.get(node.op_type, (0, math.inf))
+        for name in node.input[1:2]:
+            if not least <= ranks.get(name, least) <= most:
+                where = f"node '{node.name or ', '.join(node.output)}' ({node.op_type})"
+                raise _FaultError(f"{where} has a weight '{name}' of {ranks[name]} dimensions; export the model again")
 
 
 def _check_tensors(model: ModelProto) -> None:

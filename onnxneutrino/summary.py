@@ -72,10 +72,11 @@ def interval(metric: metrics.Metric, original: NDArray[Any], own: NDArray[Any], 
     return Interval(drop.value, drop.low, drop.high)
 
 
-def candidate_row(candidate: Candidate, ok: bool, task: Task, original: float) -> CandidateRow:
+def candidate_row(candidate: Candidate, ok: bool, task: Task) -> CandidateRow:
     """One line of the report's list of candidates."""
     drop = candidate.drop
     sign = 1.0 if task.metric.higher_is_better else -1.0
+    original = metrics.value(task.metric, task.original_rows)  # on the images that decide, as the drop
     return CandidateRow(
         name=candidate.name,
         plan=plan_of(candidate.network),
