@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import atheris
 
@@ -109,11 +110,11 @@ def seeds(target: str) -> list[bytes]:
         )
         return [made.SerializeToString(), function.SerializeToString()]
     if target == "npz":
-        arrays = {"x_train": np.zeros((8, 6, 6, 2), np.uint8), "x_test": np.zeros((8, 6, 6, 2), np.float32)}
-        labels = {"y_train": np.arange(8) % 4, "y_test": np.arange(8) % 4}
+        arrays: dict[str, Any] = {"x_train": np.zeros((8, 6, 6, 2), np.uint8), "x_test": np.zeros((8, 6, 6, 2), "f4")}
+        arrays |= {"y_train": np.arange(8) % 4, "y_test": np.arange(8) % 4}
         stored, deflated = io.BytesIO(), io.BytesIO()
-        np.savez(stored, **arrays, **labels)
-        np.savez_compressed(deflated, **arrays, **labels)
+        np.savez(stored, **arrays)
+        np.savez_compressed(deflated, **arrays)
         return [stored.getvalue(), deflated.getvalue()]
     if target == "toml":
         return [

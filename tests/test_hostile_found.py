@@ -18,8 +18,10 @@ from onnxneutrino import storage
 from onnxneutrino.config import Config, DataConfig
 from onnxneutrino.data_npz import open_npz
 from onnxneutrino.data_values import InputSpec
-from onnxneutrino.errors import DataError, ModelError, NeutrinoError
+from onnxneutrino.errors import DataError, ModelError, NeutrinoError, UsageError
 from onnxneutrino.prepare import check_main_graph, open_model
+from onnxneutrino.replay import repeated
+from onnxneutrino.report import Report, SixMetrics
 
 SPEC = InputSpec("x", (None, 2, 6, 6), np.dtype(np.float32))
 
@@ -82,6 +84,14 @@ def test_archive_that_says_it_spans_several_disks(tmp_path: Path) -> None:
     path.write_bytes(bytes(56) + locator + b"PK\x05\x06" + bytes(18))
     with pytest.raises(DataError, match=r"data\.npz: is damaged and cannot be read"):
         open_npz(path, DataConfig("data.npz"), SPEC, 4)
+
+
+def test_report_whose_settings_of_the_data_are_text() -> None:
+    """Found: a dictionary was made of them."""
+    six = SixMetrics(90.0, 10, 40, 100, 50, 1.5)
+    report = Report("a.onnx", "", "top1", six, 1.0, "params", True, clock=(1.0,), settings={"data": ["abc"]})
+    with pytest.raises(UsageError, match="no object"):
+        repeated(None, report, {})
 
 
 def test_model_cut_short_anywhere(tmp_path: Path) -> None:
