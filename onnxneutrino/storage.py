@@ -165,7 +165,7 @@ def _load_external(model: ModelProto, path: Path) -> bool:
     try:
         for tensor in outside:
             _check_external(tensor, path)
-        if data_bytes(model) >= weights.LARGE_MODEL_BYTES:
+        if outside and data_bytes(model) >= weights.LARGE_MODEL_BYTES:
             weights.attach(model, path.parent)
         elif outside:
             load_external_data_for_model(model, str(path.parent))
