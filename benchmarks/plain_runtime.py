@@ -26,12 +26,16 @@ from numpy.typing import NDArray
 def top1(
     path: Path, images: NDArray[Any], labels: NDArray[Any], layout: str, preprocess: Sequence[Any], batch: int
 ) -> float:
-    """Top-1 accuracy in percent of the model's first output.
+    """Top-1 accuracy in percent of the model's first output; see `predicted` for the arguments."""
+    return 100.0 * float((predicted(path, images, layout, preprocess, batch) == labels).sum()) / len(images)
+
+
+def predicted(path: Path, images: NDArray[Any], layout: str, preprocess: Sequence[Any], batch: int) -> NDArray[Any]:
+    """Class numbers `(N,)`, the largest of the model's first output.
 
     Args:
         path: an ONNX file with one input.
         images: `(N, H, W)` or `(N, H, W, C)`, raw values.
-        labels: `(N,)`, class numbers.
         layout: `NCHW` or `NHWC`, of the model's input.
         preprocess: scale, and mean and std as arrays that broadcast to `(N, H, W, C)`.
         batch: images a run; 1 where the model's batch is fixed.
@@ -42,7 +46,7 @@ def top1(
     shape = [size if isinstance(size, int) and size > 0 else None for size in entry.shape]
     batch = shape[0] or batch
     scale, mean, std = preprocess
-    right = 0
+    found = []
     for start in range(0, len(images), batch):
         chosen = images[start : start + batch]
         count = len(chosen)
@@ -56,9 +60,8 @@ def top1(
         if None not in shape[1:]:
             values = values.reshape(len(values), *shape[1:])
         (scores, *_) = session.run(None, {entry.name: np.ascontiguousarray(values, dtype)})
-        predicted = scores.reshape(len(values), -1).argmax(axis=1)[:count]
-        right += int((predicted == labels[start : start + count]).sum())
-    return 100.0 * right / len(images)
+        found.append(scores.reshape(len(values), -1).argmax(axis=1)[:count])
+    return np.concatenate(found)
 
 
 def main() -> None:

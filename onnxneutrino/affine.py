@@ -54,7 +54,10 @@ def batchnorm_affine(node: NodeProto, constants: Mapping[str, NDArray[np.generic
     if training or per_activation or any(node.output[1:]) or any(name not in constants for name in node.input[1:]):
         return None
     gamma, beta, mean, variance = (constants[name].astype(np.float64) for name in node.input[1:])
-    scale = gamma / np.sqrt(variance + (own["epsilon"].f if "epsilon" in own else 1e-5))
+    shifted = variance + (own["epsilon"].f if "epsilon" in own else 1e-5)
+    if not (shifted > 0).all():  # no variance of anything: what it computes is not for us to say
+        return None
+    scale = gamma / np.sqrt(shifted)
     return scale, beta - scale * mean
 
 

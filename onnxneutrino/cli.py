@@ -221,6 +221,8 @@ def read_report(path: Path) -> Report:
     """The report in a file."""
     from onnxneutrino.report import Report
 
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: cannot be read as a report: it is a folder, device or pipe")
     try:
         return Report.from_json(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:

@@ -19,6 +19,7 @@ from onnxneutrino.errors import NeutrinoError, OutputError, UsageError
 
 PIPE_WIDTH = 240
 ERROR_TEXT = 240
+LONGEST_LINE = 2000
 
 
 def messages() -> contextlib.AbstractContextManager[Any]:
@@ -67,6 +68,13 @@ def check_json(json_file: str | None) -> None:
         check_writable(Path(json_file))
 
 
+def one_line(error: object) -> str:
+    """What an error says, on one line: names out of a file may hold line feeds, escape sequences or a megabyte."""
+    text = " ".join(str(error).split())
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return shown if len(shown) <= LONGEST_LINE else f"{shown[:LONGEST_LINE]} ..."
+
+
 def run(work: Callable[[], None], json_file: str | None, debug: bool) -> None:
     """Do the work; an error becomes one line and its exit code, a traceback only with --debug."""
     try:
@@ -80,16 +88,28 @@ def run(work: Callable[[], None], json_file: str | None, debug: bool) -> None:
             raise
         how = interrupts.left()
         onward = f"; {how}" if how and not isinstance(error, UsageError) else ""
-        click.echo(f"onnxneutrino: {error}{onward}", err=True)
+        click.echo(f"onnxneutrino: {one_line(error)}{onward}", err=True)
         sys.exit(error.exit_code)
+    except MemoryError as error:
+        if debug:
+            raise
+        what = "give a smaller --input-shape or smaller data, or use a machine with more"
+        click.echo(f"onnxneutrino: not enough memory ({one_line(error) or 'no size is known'}); {what}", err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         if debug:
             raise
         interrupts.tell()
         sys.exit(1)
+    except OSError as error:  # of the system: a full disk under TMPDIR, a name that is too long, too many open files
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        click.echo(f"onnxneutrino: {one_line(where + (error.strerror or str(error)))}", err=True)
+        sys.exit(1)
     except Exception as error:
         if debug:
             raise
-        line = " ".join(str(error).split())[:ERROR_TEXT]
+        line = one_line(error)[:ERROR_TEXT]
         click.echo(f"onnxneutrino: internal error, {type(error).__name__}: {line}; run again with --debug", err=True)
         sys.exit(1)

@@ -159,7 +159,7 @@ def _compress(
             if journal is not UNKEPT:
                 warnings.append(LARGE)
             journal = UNKEPT
-        found = _searched(task, settings, value, reserve, clock, hooks, journal)
+        found = _searched(task, settings, reserve, clock, hooks, journal)
     clock.phase("verify")
     warnings.extend((*found.warnings, *journal.warnings))
     chosen = choose(found.candidates, settings, task, rows, judges, opened.model, warnings)
@@ -200,10 +200,8 @@ class Found:
     warnings: tuple[str, ...] = ()
 
 
-def _searched(
-    task: Task, settings: Settings, value: float, reserve: float, clock: Phases, hooks: Hooks, journal: Journal
-) -> Found:
-    """Calibrate and search; `value` is the original's metric, `reserve` the seconds that verification takes."""
+def _searched(task: Task, settings: Settings, reserve: float, clock: Phases, hooks: Hooks, journal: Journal) -> Found:
+    """Calibrate and search; `reserve` is the seconds that verification takes."""
     warnings = large.notes(task.layers, task.training is not None)
     clock.phase("calibrate")
     seconds = CALIBRATION_SHARE * settings.time_limit
@@ -225,7 +223,7 @@ def _searched(
         )
         ok = ok and not refused
         smallest = ok and not any(row.accepted and row.cost <= candidate.cost for row in tried)
-        tried.append(candidate_row(candidate, ok, task, value, task.recipe.after if refused else ""))
+        tried.append(candidate_row(candidate, ok, task, task.recipe.after if refused else ""))
         told = candidate_told(candidate, bench.full_cost)
         verdict = f"{REFUSED}{task.recipe.after}" if refused else "accepted" if ok else "refused"
         clock.say(f"{candidate.name}: {told}, {verdict}", best=told if smallest else "")

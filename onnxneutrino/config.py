@@ -218,7 +218,7 @@ def _read_toml(model_path: Path | None) -> tuple[dict[str, Any], Path, str]:
     path = toml_path(model_path)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # a number of 5000 digits, or 5000 brackets, too
         raise UsageError(f"{path}: cannot be read as TOML: {error}") from error
     for name, table in tables.items():
         if name not in ("data", "metric", "train", "compress") or not isinstance(table, dict):
@@ -260,7 +260,7 @@ def _check(values: dict[str, Any], sources: Mapping[str, str]) -> None:
         if key in values:
             try:
                 values[key] = check(values[key])
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:
                 raise UsageError(f"{sources[key]}: {key.replace('_', '-')} {error}") from None
 
 
@@ -287,7 +287,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "only": checks.each(checks.text),
     "labels": checks.switch,
     "seed": checks.whole,
-    "threads": checks.whole,
+    "threads": checks.thread_count,
     "trainer": checks.trainer,
     "loss": checks.loss,
     "optimizer": checks.choice(OPTIMIZERS),

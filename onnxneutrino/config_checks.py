@@ -14,6 +14,7 @@ from onnxneutrino.errors import UsageError
 from onnxneutrino.quantities import parse_quantity
 
 TRAINERS = ("ort", "reconstruct", "none")
+MOST_THREADS = 1024
 COMMAND = "command:"
 PLACEHOLDERS = ("{candidate}", "{trained}")  # that a trainer's command cannot do without
 
@@ -79,6 +80,13 @@ def whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"must be a whole number from 0, got {value!r}")
     return value
+
+
+def thread_count(value: Any) -> int:
+    """A number of threads that a machine may have; 0 for the cores there are."""
+    if whole(value) > MOST_THREADS:
+        raise ValueError(f"must be at most {MOST_THREADS}, got {value!r}")
+    return int(value)
 
 
 def at_least_one(value: Any) -> int:

@@ -7,9 +7,9 @@ of the test split, and the other half reports.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -108,8 +108,8 @@ def _splits(
             ignored = "scale, mean, std and augment are not applied to a loader's batches"
             warnings = (*warnings, f"{function.path}: {ignored}")
         return splits, detections, warnings
-    path = config.base / Path(config.path).expanduser()
-    if not path.exists():
+    path = config.base / os.path.expanduser(config.path)  # `Path.expanduser` raises where there is no such user
+    if not os.path.exists(path):
         raise DataError(f"{path}: not found; data is an .npz file, a folder, file.py:function or random")
     if len(inputs) > 1:
         names = ", ".join(spec.name for spec in inputs)
@@ -119,6 +119,8 @@ def _splits(
     if path.is_dir():
         folder, warnings = open_folder(path, config, inputs[0], classes)
         return folder, None, warnings
+    if not path.is_file():
+        raise DataError(f"{path}: is a device or pipe; data is an .npz file, a folder, file.py:function or random")
     return open_npz(path, config, inputs[0], classes), None, ()
 
 

@@ -6,7 +6,11 @@ numbered by their sorted names in `train`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from onnxneutrino.data_images import Preprocess, preprocess
 from onnxneutrino.data_values import IndexedSplit, Inputs, InputSpec, Rows
 from onnxneutrino.errors import DataError
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of the suffixes; others may start other programs
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
@@ -81,15 +86,29 @@ def read_image(file: Path, size: tuple[int, int], grey: bool) -> NDArray[np.uint
     Raises:
         DataError: a file that is no image, is damaged, or has more than 8 bits per channel.
     """
+    with _opened(file) as image:
+        if image.mode.startswith(("I", "F")):
+            raise DataError(f"{file}: has more than 8 bits per channel; convert it to 8 bits")
+        pixels: Any = image.convert("L" if grey else "RGB")
+        if (pixels.height, pixels.width) != size:
+            pixels = pixels.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        return np.asarray(pixels, dtype=np.uint8)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """An image file, open; what is wrong with it becomes one line, and so do more pixels than Pillow finds safe."""
+    if not os.path.isfile(file):
+        raise DataError(f"{file}: is no file that can be read; replace or remove it")
     try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{file}: has more than 8 bits per channel; convert it to 8 bits")
-            pixels: Any = image.convert("L" if grey else "RGB")
-            if (pixels.height, pixels.width) != size:
-                pixels = pixels.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-            return np.asarray(pixels, dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                yield image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{file}: has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller") from error
+    except (OSError, SyntaxError, ValueError, OverflowError, struct.error) as error:
         raise DataError(f"{file}: cannot be read as an image; replace or remove it") from error
 
 
@@ -131,11 +150,8 @@ def _check_one_size(files: Sequence[Path], spec: InputSpec) -> None:
 
 def image_size(file: Path) -> tuple[int, int]:
     """Height and width, from the head of the file."""
-    try:
-        with Image.open(file) as image:
-            return image.height, image.width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: cannot be read as an image; replace or remove it") from error
+    with _opened(file) as image:
+        return image.height, image.width
 
 
 def _geometry(first: Path, layout: str, spec: InputSpec) -> tuple[tuple[int, int], bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -74,8 +75,8 @@ def load_function(reference: str, base: Path, error: type[NeutrinoError]) -> Use
         NeutrinoError: of the type `error`, for a file or function that is missing or cannot be imported.
     """
     file, _, name = reference.rpartition(":")
-    path = base / Path(file).expanduser()
-    if not path.is_file():
+    path = base / os.path.expanduser(file)  # `Path.expanduser` raises where there is no such user
+    if not os.path.isfile(path):
         raise error(f"{path}: not found; '{reference}' must name a Python file and a function in it")
     module_name = f"onnxneutrino_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)

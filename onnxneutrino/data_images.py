@@ -138,7 +138,10 @@ def _multiply_add(
         return None, None
     precision = np.float64 if spec.dtype == np.float64 else np.float32
     mean, std = np.broadcast_arrays(np.array(config.mean or (0.0,)), np.array(config.std or (1.0,)))
-    gain, offset = (config.scale / std).astype(precision), (-mean / std).astype(precision)
+    with np.errstate(over="ignore"):
+        gain, offset = (config.scale / std).astype(precision), (-mean / std).astype(precision)
+    if not (np.isfinite(gain).all() and np.isfinite(offset).all()):
+        raise DataError(f"{where}: scale, mean and std give values beyond {np.dtype(precision)}; check them")
     if image is None:
         return gain, offset
     _, width, channels = image

@@ -1,12 +1,16 @@
 """Data sets in one `.npz` file: `x_train y_train x_test y_test`, and `x_val y_val` where there are any.
 
-Arrays of an uncompressed file are mapped into memory, so that one larger than memory can be used;
-compressed ones are read once and stay in the type of the file. Nothing is ever unpickled.
+Large arrays of an uncompressed file are mapped into memory, so that one larger than memory can be used; the others
+are read once and stay in the type of the file. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import io
+import lzma
+import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -23,17 +27,56 @@ from onnxneutrino.data_values import IndexedSplit, Inputs, InputSpec, Rows
 from onnxneutrino.errors import DataError
 
 _LOCAL_HEADER = 30
+_NPY_HEADER = 10_012  # of an array: what numpy takes, with magic, version and length
+COPIED_BYTES = 2**28  # smaller arrays are read: a map of a file that another program cuts short ends the process
+# An array that inflates to more than both is no data: white images come to a few hundred times at most.
+INFLATED_BYTES, INFLATED_FACTOR = 2**28, 300
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """A file's size and time of change, as they were."""
+
+    path: Path
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: Path) -> Stamp:
+        """Take them now."""
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+    def check(self) -> None:
+        """Compare with the file as it is: its pages can no longer be read once it has been cut short.
+
+        Raises:
+            DataError: the file is gone or has changed.
+        """
+        try:
+            same = Stamp.of(self.path) == self
+        except OSError as error:
+            raise DataError(f"{self.path}: is gone since the run began ({error.strerror}); start again") from error
+        if not same:
+            raise DataError(f"{self.path}: has changed since the run began; leave it alone and start again")
 
 
 @dataclass(frozen=True, eq=False)
 class ArrayReader:
-    """Rows of one array, preprocessed."""
+    """Rows of one array, preprocessed; `mapped` is the file that it is a map of, as it was when it was opened."""
 
     array: NDArray[Any]
     prepare: Preprocess
+    mapped: Stamp | None = None
 
     def __call__(self, rows: Rows, generator: np.random.Generator | None) -> Inputs:
-        """Return the model's input for `rows`."""
+        """Return the model's input for `rows`.
+
+        Raises:
+            DataError: the mapped file is gone or has changed.
+        """
+        if self.mapped is not None:
+            self.mapped.check()
         return self.prepare(np.asarray(self.array[rows]), generator)
 
 
@@ -62,15 +105,24 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
         DataError: not an npz file, damaged, or with pickled arrays.
     """
     wanted = [f"{kind}_{split}" for split in ("train", "val", "test") for kind in "xy"]
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"{path}: is not an .npz file; write it with numpy.savez")
     try:
+        if not zipfile.is_zipfile(path):
+            raise DataError(f"{path}: is not an .npz file; write it with numpy.savez")
         with zipfile.ZipFile(path) as archive:
             members = {Path(info.filename).stem: info for info in archive.infolist()}
             if not any(name in members for name in wanted):
                 return {name: np.empty(0) for name in members}
             return {name: _member(path, archive, members[name]) for name in wanted if name in members}
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, struct.error) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        struct.error,
+    ) as error:
         raise DataError(f"{path}: is damaged and cannot be read ({error}); write it again") from error
 
 
@@ -78,35 +130,60 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDAr
     name = Path(info.filename).stem
     try:
         with archive.open(info) as stream:
-            mapped = None
-            version = np.lib.format.read_magic(stream)
-            if info.compress_type == zipfile.ZIP_STORED and version in ((1, 0), (2, 0)):
-                mapped = _mapped(path, info, version, stream)
-        if mapped is not None:
-            return mapped
+            start = io.BytesIO(stream.read(_NPY_HEADER))
+        shape, fortran, dtype = _header(start)
+    # What numpy raises for a header depends on how far its parser comes.
+    except (
+        ValueError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+        SyntaxError,
+        tokenize.TokenError,
+    ) as error:
+        raise DataError(f"{path}: array '{name}' cannot be read ({error}); write it again") from error
+    if dtype.hasobject:
+        raise DataError(
+            f"{path}: array '{name}' is pickled (dtype object), which is never loaded; store it as numbers of one shape"
+        )
+    size = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or start.tell() + size != info.file_size:
+        raise DataError(
+            f"{path}: array '{name}' of shape {shape} and type {dtype} takes {size} bytes and has "
+            f"{info.file_size - start.tell()}; write it again"
+        )
+    if size > max(INFLATED_BYTES, INFLATED_FACTOR * info.compress_size):
+        raise DataError(
+            f"{path}: array '{name}' would inflate from {info.compress_size} to {size} bytes; "
+            "where that is right, write it with numpy.savez, uncompressed"
+        )
+    try:
+        if info.compress_type == zipfile.ZIP_STORED and size > COPIED_BYTES:
+            offset = _data_offset(path, info) + start.tell()
+            return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
         with archive.open(info) as stream:
             return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
     except ValueError as error:
-        if "pickle" in str(error) or "Object arrays" in str(error):
-            raise DataError(
-                f"{path}: array '{name}' is pickled (dtype object), which is never loaded; "
-                "store it as numbers of one shape"
-            ) from error
         raise DataError(f"{path}: array '{name}' cannot be read ({error}); write it again") from error
 
 
-def _mapped(path: Path, info: zipfile.ZipInfo, version: tuple[int, int], stream: Any) -> NDArray[Any] | None:
-    """Map an uncompressed member; None where it cannot be (objects, no elements)."""
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = header(stream)
-    if dtype.hasobject or 0 in shape:
-        return None
+def _header(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, order (True: Fortran) and type of an array; the stream stands at its data then."""
+    version = np.lib.format.read_magic(stream)
+    # Version 3 differs from 2 in the encoding of field names, and arrays with fields are none of ours.
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    return shape, fortran, dtype
+
+
+def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where a member's data begin in the file."""
     with path.open("rb") as file:
         file.seek(info.header_offset)
         # Length of name and extra field, as the local header has them: the central directory may differ.
         name_length, extra_length = struct.unpack("<HH", file.read(_LOCAL_HEADER)[26:30])
-    offset = info.header_offset + _LOCAL_HEADER + name_length + extra_length + stream.tell()
-    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+    return int(info.header_offset + _LOCAL_HEADER + name_length + extra_length)
 
 
 def _split(
@@ -129,4 +206,5 @@ def _split(
     prepare = preprocess(config, spec, values.shape[1:], values.dtype, where)
     check_finite(values, where)
     check_range(values, spec, where)
-    return IndexedSplit(ArrayReader(values, prepare), targets, np.arange(len(values)))
+    mapped = Stamp.of(path) if isinstance(values, np.memmap) else None
+    return IndexedSplit(ArrayReader(values, prepare, mapped), targets, np.arange(len(values)))

@@ -25,6 +25,7 @@ Run: TypeAlias = Callable[[ModelProto, dict[str, Tensor]], list[Tensor]]
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-2
 LISTED = 3
+SLIM_NODES = 5000  # onnxslim takes 3 to 8 ms a node
 
 
 def normalize(model: ModelProto, samples: Sequence[dict[str, Tensor]], run: Run) -> tuple[ModelProto, list[str]]:
@@ -49,6 +50,9 @@ def normalize(model: ModelProto, samples: Sequence[dict[str, Tensor]], run: Run)
         name = step.__module__.rpartition(".")[2]
         if large and step is slim.run:
             notes.append(f"slim skipped: it would copy {data_bytes(model) >> 20} MB of weights several times")
+            continue
+        if len(current.graph.node) > SLIM_NODES and step is slim.run:
+            notes.append(f"slim skipped: it takes minutes on {len(current.graph.node)} nodes")
             continue
         try:
             candidate, done = step(copied(current))

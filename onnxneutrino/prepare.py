@@ -32,7 +32,8 @@ from onnxneutrino.losses import Loss
 from onnxneutrino.passes import free_batch
 from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Frozen
-from onnxneutrino.runtime import Runner, observed_types
+from onnxneutrino.runtime import Runner, check_ends, observed_types
+from onnxneutrino.soundness import size_fault
 
 CLASSIFIERS = ("top1", "top5", "f1", "agreement")
 DEFAULT_METRIC, UNLABELLED_METRIC = "top1", "agreement"
@@ -89,7 +90,16 @@ def open_model(model: ModelProto, name: str, config: Config) -> Opened:
             raise ModelError(
                 f"{name}: input '{value.name}' has a fixed batch of {size}; export it with batch 1 or a free batch"
             )
-    return Opened(model, name, shapes, types_of(model, shapes))
+    known = tensor_types(model, shapes)
+    fault = size_fault(model, known)
+    if fault is not None:
+        raise ModelError(f"{name}: {fault}")
+    try:
+        check_ends(model, shapes)
+        types = observed_types(model, known, shapes)
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from error
+    return Opened(model, name, shapes, types)
 
 
 def data_shapes(model: ModelProto, config: Config) -> dict[str, tuple[int, ...]] | None:

@@ -30,8 +30,9 @@ def repeated(model_path: Path | None, report: Report, given: Mapping[str, Any]) 
     if other:
         raise UsageError(f"the report of {report.model} was made with {', '.join(other)}; other versions end elsewhere")
     settings = dict(report.settings)
-    data = dict(settings.pop("data", {}))
-    train = settings.pop("train", {})
+    data, train = settings.pop("data", {}), settings.pop("train", {})
+    if not (isinstance(data, Mapping) and isinstance(train, Mapping)):
+        raise UsageError(f"the report of {report.model} has settings of its data that are no object; it is damaged")
     options = {**settings, **train, **data, "data": data.get("path")}
     options.pop("path", None)
     plain = load_config(model_path, {})

@@ -373,7 +373,7 @@ class Report:
         """
         try:
             return cast(Report, decode(cls, json.loads(text), "report"))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # a number of 5000 digits, or 5000 brackets, too
             raise UsageError(f"{source}: is not JSON ({error}); give a report that compress wrote") from error
         except MismatchError as error:
             raise UsageError(f"{source}: {error}; give a report that this version wrote") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,12 +24,13 @@ from onnxneutrino import clock, weights
 from onnxneutrino.errors import ModelError
 from onnxneutrino.graph import RUNTIME_IR, TensorType, capped_ir, data_bytes, element_dtype, expose, opset
 from onnxneutrino.opset_down import RUNTIME_OPSET, brought_down
-from onnxneutrino.walk import graphs, reads, subgraphs
+from onnxneutrino.walk import all_nodes, graphs, reads, subgraphs
 
 FATAL_ONLY = 4  # every other error is raised as an exception as well
 WARM_UPS = 3
 LEAST_TURNS = 5
 MOST_TURNS = 200
+LOOP_SECONDS = 5
 
 
 class Runner:
@@ -73,14 +75,16 @@ class Runner:
         self.names = [output.name for output in self._session.get_outputs()]
         self.inputs = [entry.name for entry in self._session.get_inputs()]
 
-    def __call__(self, inputs: Mapping[str, NDArray[np.generic]]) -> list[NDArray[np.generic]]:
-        """Run once.
+    def __call__(
+        self, inputs: Mapping[str, NDArray[np.generic]], options: ort.RunOptions | None = None
+    ) -> list[NDArray[np.generic]]:
+        """Run once; `options` can end the run from outside.
 
         Raises:
             ModelError: the runtime refuses the inputs or fails in a node.
         """
         try:
-            return list(self._session.run(self.names, {name: inputs[name] for name in self.inputs}))
+            return list(self._session.run(self.names, {name: inputs[name] for name in self.inputs}, options))
         except KeyError as error:
             raise ModelError(f"no value for the model's input {error}") from error
         except Exception as error:
@@ -240,6 +244,30 @@ def observed_types(
             if isinstance(array, np.ndarray):
                 types[name] = TensorType(tuple(array.shape), array.dtype)
     return types
+
+
+def check_ends(model: ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Run a model with a Loop once on zeros, for some seconds at most: nothing else tells whether it ends.
+
+    Raises:
+        ModelError: it does not end.
+    """
+    loops = [node.name for node in all_nodes(model.graph) if node.op_type == "Loop"]
+    if not loops:
+        return
+    runner, options = Runner(model), ort.RunOptions()
+    watch = threading.Timer(LOOP_SECONDS, setattr, (options, "terminate", True))
+    watch.start()
+    try:
+        runner(zero_inputs(model, input_shapes), options)
+    except ModelError as error:
+        if not options.terminate:
+            raise
+        raise ModelError(
+            f"a Loop ({', '.join(loops)}) does not end within {LOOP_SECONDS} s on zeros; bound its trip count"
+        ) from error
+    finally:
+        watch.cancel()
 
 
 def latencies(

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx.defs
 import onnx.inliner
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import (
     ExternalDataInfo,
     load_external_data_for_model,
@@ -24,6 +24,7 @@ from onnx.external_data_helper import (
 from onnxneutrino import weights
 from onnxneutrino.errors import ModelError, OutputError
 from onnxneutrino.opset_down import too_new
+from onnxneutrino.soundness import constant_fault, structure_fault
 from onnxneutrino.walk import (
     all_nodes,
     data_bytes,
@@ -71,6 +72,9 @@ def load(path: Path, quantized: bool = False) -> Source:
     """
     path = Path(path)
     model = _parse(path)
+    fault = structure_fault(model)
+    if fault is not None:
+        raise ModelError(f"{path}: {fault}")
     _check_supported(model, path, quantized)
     external = _load_external(model, path)
     if model.functions:
@@ -84,10 +88,12 @@ def load(path: Path, quantized: bool = False) -> Source:
 
 
 def _parse(path: Path) -> ModelProto:
-    if not path.exists():
+    if not os.path.exists(path):  # false for a link to itself, too
         raise ModelError(f"{path}: no such file; give the path of an ONNX model")
     if path.is_dir():
         raise ModelError(f"{path}: is a folder; give the path of an ONNX file")
+    if not path.is_file():
+        raise ModelError(f"{path}: is a device or pipe, which may never end; give the path of a file")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -156,27 +162,40 @@ def _constant_names(model: ModelProto) -> set[str]:
 
 def _load_external(model: ModelProto, path: Path) -> bool:
     outside = [tensor for tensor in tensors(model) if uses_external_data(tensor)]
-    for tensor in outside:
-        info = ExternalDataInfo(tensor)
-        file = path.parent / info.location
-        if not file.is_file():
-            raise ModelError(
-                f"{path}: its external data '{info.location}' (tensor '{tensor.name}') is missing; "
-                "put that file beside the model"
-            )
-        if (info.offset or 0) + (info.length or 0) > file.stat().st_size:
-            raise ModelError(
-                f"{path}: its external data '{info.location}' ends before '{tensor.name}'; get the file again"
-            )
-    if outside:
-        try:
-            if data_bytes(model) >= weights.LARGE_MODEL_BYTES:
-                weights.attach(model, path.parent)
-            else:
-                load_external_data_for_model(model, str(path.parent))
-        except Exception as error:
-            raise ModelError(f"{path}: its external data cannot be read: {_first_line(error)}") from error
+    try:
+        for tensor in outside:
+            _check_external(tensor, path)
+        if outside and data_bytes(model) >= weights.LARGE_MODEL_BYTES:
+            weights.attach(model, path.parent)
+        elif outside:
+            load_external_data_for_model(model, str(path.parent))
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{path}: its external data cannot be read: {_first_line(error)}") from error
     return bool(outside)
+
+
+def _check_external(tensor: TensorProto, path: Path) -> None:
+    """Compare what a tensor says about its data with the file, and note the length where it is left out."""
+    info = ExternalDataInfo(tensor)
+    file = path.parent / info.location
+    # A folder, a device or a pipe is none either; whether the file may be read is for onnx to say.
+    if not file.is_file():
+        raise ModelError(
+            f"{path}: its external data '{info.location}' (tensor '{tensor.name}') is missing; "
+            "put that file beside the model"
+        )
+    declared = weights.declared_bytes(tensor)
+    if info.length is None:
+        tensor.external_data.add(key="length", value=str(declared))
+    elif info.length > declared:
+        raise ModelError(
+            f"{path}: its external data '{info.location}' has {info.length} bytes for tensor '{tensor.name}', "
+            f"whose shape and type take {declared}; export the model again"
+        )
+    if (info.offset or 0) + (declared if info.length is None else info.length) > file.stat().st_size:
+        raise ModelError(f"{path}: its external data '{info.location}' ends before '{tensor.name}'; get the file again")
 
 
 def check(model: ModelProto, name: str) -> None:
@@ -192,6 +211,9 @@ def check(model: ModelProto, name: str) -> None:
     Raises:
         ModelError: the specification is not met, or a weight is not finite.
     """
+    fault = structure_fault(model)
+    if fault is not None:
+        raise ModelError(f"{name}: {fault}")
     shown = weights.hidden(model)
     if data_bytes(shown) < PROTOBUF_LIMIT:
         try:
@@ -200,6 +222,9 @@ def check(model: ModelProto, name: str) -> None:
             # The checker spreads one sentence, and the node it is about, over several lines.
             text = " ".join(str(error).split())[:CHECKER_TEXT]
             raise ModelError(f"{name}: not a valid ONNX model: {text}; export it again") from error
+    fault = constant_fault(model)
+    if fault is not None:
+        raise ModelError(f"{name}: {fault}")
     readers: dict[str, list[str]] = {}
     for node in all_nodes(model.graph):
         for tensor_name in node.input:

@@ -73,12 +73,13 @@ def interval(metric: metrics.Metric, original: NDArray[Any], own: NDArray[Any], 
     return Interval(drop.value, drop.low, drop.high)
 
 
-def candidate_row(candidate: Candidate, ok: bool, task: Task, original: float, refused_by: str = "") -> CandidateRow:
+def candidate_row(candidate: Candidate, ok: bool, task: Task, refused_by: str = "") -> CandidateRow:
     """One line of the report's list of candidates; `refused_by` is the user's function that did."""
     drop = candidate.drop
     notes = [f"{REFUSED}{refused_by}"] if refused_by else []
     notes += [] if candidate.trained else [f"divergence {candidate.divergence:.4g}, untrained"]
     sign = 1.0 if task.metric.higher_is_better else -1.0
+    original = metrics.value(task.metric, task.original_rows)  # on the images that decide, as the drop
     return CandidateRow(
         name=candidate.name,
         plan=plan_of(candidate.network),

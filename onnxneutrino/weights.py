@@ -152,7 +152,7 @@ def attach(model: ModelProto, folder: Path) -> None:
         if is_light(tensor):
             raise ValueError(f"tensor '{tensor.name}' has an absolute location")
     for tensor in model.graph.initializer:
-        if uses_external_data(tensor) and tensor.data_type in MAPPED and _size(tensor) >= LARGE_TENSOR_BYTES:
+        if uses_external_data(tensor) and tensor.data_type in MAPPED and declared_bytes(tensor) >= LARGE_TENSOR_BYTES:
             _attach(tensor, folder)
     for tensor in tensors(model):
         if uses_external_data(tensor) and not is_light(tensor):
@@ -162,7 +162,7 @@ def attach(model: ModelProto, folder: Path) -> None:
 
 
 def _attach(tensor: TensorProto, folder: Path) -> None:
-    info, size = ExternalDataInfo(tensor), _size(tensor)
+    info, size = ExternalDataInfo(tensor), declared_bytes(tensor)
     offset = info.offset or 0
     # onnx's own checks of the location, on the first byte of the data.
     probe = TensorProto(name=tensor.name, dims=[1], data_type=TensorProto.UINT8, data_location=TensorProto.EXTERNAL)
@@ -175,7 +175,8 @@ def _attach(tensor: TensorProto, folder: Path) -> None:
     _refer(tensor, str(file), offset, size)
 
 
-def _size(tensor: TensorProto) -> int:
+def declared_bytes(tensor: TensorProto) -> int:
+    """Bytes that a tensor's shape and type take as raw data; for types of less than a byte, at most."""
     width: int = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return int(math.prod(tensor.dims) * width)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from onnxneutrino import data_npz
 from onnxneutrino.config import DataConfig
 from onnxneutrino.data import Batch, Dataset, InputSpec, Split, deciding, open_data
 from onnxneutrino.data_checks import fitted_shape
@@ -87,7 +88,8 @@ def test_preprocessing_is_the_formula(tmp_path: Path, compressed: bool, layout: 
     np.testing.assert_array_equal(batch.targets, content["y_test"])
 
 
-def test_uncompressed_arrays_are_mapped_and_stay_bytes(tmp_path: Path) -> None:
+def test_large_uncompressed_arrays_are_mapped_and_stay_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_npz, "COPIED_BYTES", 0)
     content = {**arrays(), "x_test": np.asfortranarray(images(10, seed=1))}
     reader: Any = vars(opened(npz(tmp_path, content)).test)["read"]
     assert isinstance(reader.array, np.memmap)

@@ -30,7 +30,7 @@ TIERS = (
     ("differentiable", "conv_geometry"),
     ("weights", "sharing"),
     ("factors", "shapes", "report"),
-    ("opset_down",),
+    ("opset_down", "soundness"),
     ("storage", "spool"),
     ("graph", "moments", "formats"),
     ("affine", "rewrite", "resampling", "cost", "factor_fit", "data_values", "runtime"),
