@@ -18,7 +18,8 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from onnxneutrino import console
-from onnxneutrino.cli import PIPE_WIDTH, main
+from onnxneutrino.cli import main
+from onnxneutrino.cli_output import PIPE_WIDTH
 from onnxneutrino.report import Report
 
 ROOT = Path(__file__).resolve().parent.parent
