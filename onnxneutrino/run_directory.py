@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any
 import onnx
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
+from onnxneutrino import interrupts
 from onnxneutrino.config import Config
 from onnxneutrino.data_function import is_function
-from onnxneutrino.errors import OutputError, UsageError
+from onnxneutrino.errors import NeutrinoError, OutputError, UsageError
 from onnxneutrino.formats import format_seconds
 from onnxneutrino.journal import BEST, RECORD, RunJournal
 from onnxneutrino.storage import write_whole
@@ -60,12 +62,16 @@ class Identity:
 def identity(source: Path, config: Config) -> Identity:
     """The identity of a run on the model at `source`."""
     options = settings(config)
-    options |= options.pop("data")
+    options |= {**options.pop("data"), **options.pop("train")}
     plain = {name.replace("_", "-"): json.dumps(value) for name, value in options.items()}
     files = {"contents of the model": [source, *_external(source)]}
     for name, path, base in (
         ("data", config.data.path, config.data.base),
         ("metric", config.metric, config.metric_base),
+        ("loss", config.train.loss, Path()),
+        ("trainer", config.trainer, Path()),
+        ("function before", config.train.before, Path()),
+        ("function after", config.train.after, Path()),
     ):
         file = base / Path(path.rpartition(":")[0] if is_function(path) else path).expanduser()
         if path and file.exists():
@@ -96,7 +102,7 @@ def _contents(paths: list[Path]) -> str:
 def opened(folder: Path, own: Identity, resume: bool) -> Iterator[RunJournal]:
     """The journal in a folder, which is made where it is not there.
 
-    Afterwards the folder is gone, unless an error or interrupt ended a run that can go on.
+    Afterwards the folder is gone, unless an interrupt ended a run that can go on, or an error one that took a while.
 
     Args:
         folder: of the run.
@@ -118,15 +124,18 @@ def opened(folder: Path, own: Identity, resume: bool) -> Iterator[RunJournal]:
             _clear(folder)
             write_whole(folder / STARTED, json.dumps(dataclasses.asdict(own), indent=2).encode())
             journal = RunJournal(folder)
-        kept = False
+        kept, begun = False, time.perf_counter()
         try:
             yield journal
-        except BaseException:
-            kept = journal.worth
+        except BaseException as error:
+            little = journal.elapsed + time.perf_counter() - begun < LITTLE
+            # What ends so soon is an input that is refused, and would be again.
+            kept = journal.worth and not (little and isinstance(error, NeutrinoError))
             raise
         finally:
             if not kept:
                 _clear(folder)
+                interrupts.leave()
 
 
 def _check(folder: Path, own: Identity, before: Identity, journal: RunJournal, resume: bool) -> None:
