@@ -57,7 +57,7 @@ Read = TypeVar("Read")
 def packed(value: Any) -> tuple[Any, Arrays]:
     """A value as JSON and arrays, each in the order of C: the runtime of linear algebra tells orders apart.
 
-    Takes numbers, strings, None, arrays, and sequences, mappings and the dataclasses of `KINDS` made of them.
+    Takes numbers, strings, bytes, None, arrays, and sequences, mappings and the dataclasses of `KINDS` made of them.
     """
     arrays: Arrays = []
     return _packed(value, arrays), arrays
@@ -67,6 +67,9 @@ def _packed(value: Any, arrays: Arrays) -> Any:
     if isinstance(value, np.ndarray):
         arrays.append(np.asarray(value, order="C"))
         return {"array": len(arrays) - 1}
+    if isinstance(value, bytes):
+        arrays.append(np.frombuffer(value, np.uint8))
+        return {"bytes": len(arrays) - 1}
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Mapping):
@@ -92,6 +95,8 @@ def unpacked(value: Any, arrays: Arrays) -> Any:
     ((kind, own),) = value.items()
     if kind == "array":
         return arrays[own]
+    if kind == "bytes":
+        return arrays[own].tobytes()
     if kind == "map":
         return {unpacked(key, arrays): unpacked(item, arrays) for key, item in own}
     return KINDS[kind](**{name: unpacked(item, arrays) for name, item in own.items()})

@@ -17,7 +17,7 @@ import onnx
 import pytest
 from onnx import numpy_helper, parser
 
-from onnxneutrino import clock, delivery, finetune, interrupts, journal, kept_training
+from onnxneutrino import clock, delivery, finetune, interrupts, journal, kept_training, run_directory
 from onnxneutrino.config import load_config
 from onnxneutrino.errors import DataError, UsageError
 from onnxneutrino.events import Event
@@ -185,6 +185,7 @@ def test_an_error_midway_keeps_the_run(folder: Path, monkeypatch: pytest.MonkeyP
 
     with monkeypatch.context() as patch:
         patch.setattr("onnxneutrino.conductor.choose", broken)
+        patch.setattr(run_directory, "LITTLE", 0.0)
         with pytest.raises(DataError):
             compressed(folder, trainer="none")
     assert "continue with --resume (best so far: " in interrupts.left()
@@ -210,7 +211,7 @@ def trainer(state: Any = None) -> Trainer:
     rng = np.random.default_rng(0)
     for name, shape in (("w0", (32, 16)), ("w1", (4, 32))):
         model.graph.initializer.append(numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name))
-    return Trainer(model, ["w0", "w1"], Loss("values", ("y",)), 1, state)
+    return Trainer(model, ["w0", "w1"], Loss("values", ("y",)), 1, state=state)
 
 
 def batches(begin: int = 0) -> Iterator[Example]:
