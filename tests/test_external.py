@@ -187,7 +187,13 @@ def test_an_interrupt_stops_the_command(folder: Path) -> None:
         "from onnxneutrino.external import _run\n"
         "_run(['sh', '-c', 'sleep 60 & echo $! > child.part; mv child.part child; wait'], 60.0)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, start_new_session=True)
+    # What runs in the background of a script ignores SIGINT, and so would its children.
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not Path("child").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
