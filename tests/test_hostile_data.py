@@ -42,7 +42,7 @@ def shaped(shape: str, descr: str = "'|u1'") -> bytes:
 def archive(content: bytes, kind: int = zipfile.ZIP_STORED, name: str = "x_train.npy") -> bytes:
     """An .npz file in which one member has other content."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", kind, compresslevel=1) as made:
+    with zipfile.ZipFile(file, "w", kind, compresslevel=6) as made:
         made.writestr(name, content)
         for own, array in GOOD.items():
             if f"{own}.npy" != name:
@@ -237,7 +237,7 @@ def test_what_is_no_file_is_not_read(runs: Runs, folder: Path) -> None:
 
 
 def test_code_is_run_only_where_a_python_file_is_named(runs: Runs, folder: Path) -> None:
-    (folder / "evil.py").write_text("open('pwned', 'w')\ndef f(): ...\n", encoding="utf-8")
+    (folder / "evil.py").write_text("open('pwned', 'w').close()\ndef f(): ...\n", encoding="utf-8")
     for name in ("evil.npz", "evil"):
         (folder / name).write_text("open('pwned', 'w')", encoding="utf-8")
         runs(folder, "evaluate", "in.onnx", "--data", name)

@@ -147,7 +147,7 @@ MODELS: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "length beyond": (lambda: external(convnet(), location="w.bin", length=2**62), "shape and type take 1152"),
     "not a number": (lambda: external(convnet(), location="w.bin", offset="1e9"), "invalid literal"),
     "many digits": (lambda: external(convnet(), location="w.bin", offset="9" * 5000), "digits"),
-    "dims beyond": (lambda: external(dims(2**31, 2**31), location="w.bin"), "'w.bin' ends before 'w1'"),
+    "dims beyond": (lambda: external(dims(2**31, 2**31, 1, 1), location="w.bin"), "'w.bin' ends before 'w1'"),
     "negative dims": (lambda: external(dims(-1, 2, 3, 3), location="w.bin"), "tensor 'w1' is damaged"),
     # Tensors.
     "too short": (lambda: changed(lambda m: m.graph.initializer[0].ClearField("raw_data")), "w1"),
