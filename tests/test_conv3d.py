@@ -160,7 +160,7 @@ def test_the_command_compresses_a_3d_network(trainer: str, tmp_path: Path) -> No
     model = network()
     onnx.save(model, source)
     options = ["--data", "random", "--metric", "agreement", "--delta", "20", "--threads", "1"]
-    options += ["--time-limit", "8s", "--trainer", trainer]
+    options += ["--time-limit", "12s", "--trainer", trainer]
     done = CliRunner().invoke(main, ["compress", str(source), str(target), *options])
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "out.report.json").read_text(encoding="utf-8"))
