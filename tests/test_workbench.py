@@ -306,6 +306,13 @@ def test_training_leaves_what_is_excluded_and_what_is_factorized(
         assert (own.form, own.ranks) == (candidate.network.factors[name].form, candidate.network.factors[name].ranks)
 
 
+@pytest.fixture
+def kept(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was trained is kept, whether it helped or not."""
+    monkeypatch.setattr(bench.tuner, "_better", lambda before, after: after)
+
+
+@pytest.mark.usefixtures("kept")
 def test_a_layer_left_whole_is_trained_too(bench: Workbench, candidate: Candidate) -> None:
     choices = {**candidate.choices, "second": bench._original["second"].whole}
     found = bench.trained(bench.realize(None, choices, "partly"), 1.0, "partly")
@@ -347,6 +354,7 @@ def test_truncating_trained_weights_is_nearer_than_starting_anew(bench: Workbenc
     assert smaller.divergence < 1.5 * anew.divergence
 
 
+@pytest.mark.usefixtures("kept")
 def test_a_layer_whole_in_a_trained_network_is_refactored_from_its_trained_weight(
     bench: Workbench, candidate: Candidate
 ) -> None:
