@@ -22,6 +22,8 @@ PAIR_STEPS = 12
 CP_GAIN = 0.5
 LEAST_GAIN = 0.75
 MEASURED_GAIN = 0.9
+INTERPOLATIVE_GAIN = 0.1
+MOST_INTERPOLATED = 0.92  # of the layer: near full rank such a chain loses next to nothing
 BLOCK = 16
 
 
@@ -46,7 +48,8 @@ def candidates(
 ) -> tuple[Point, ...]:
     """The layer as it is, then every form but `cp` on a grid of ranks.
 
-    Chains that save less than a quarter of the layer, in params and in MACs, are left out.
+    Chains that save less than a quarter of the layer, in params and in MACs, are left out; `interpolative` ones that
+    save less than a twelfth.
 
     Args:
         layer: the layer.
@@ -164,7 +167,12 @@ def rank_axes(layer: Layer, form: Form, steps: Callable[[int, int], list[int]]) 
     """The ranks of `rank_grid` on each axis: one, or two for `tucker2`; empty where no rank gains anything."""
     if form == "tucker2":
         return steps(_useful(layer, "input"), PAIR_STEPS), steps(_useful(layer, "channel"), PAIR_STEPS)
-    return (steps(_useful(layer, form), STEPS),)
+    ranks = steps(_useful(layer, form), STEPS)
+    if form == "interpolative":
+        # It saves r² of the chain's r·(O + D); for less its additional nodes are not worth it.
+        outputs, size = len(layer.weight), layer.patch
+        ranks = [rank for rank in ranks if rank >= INTERPOLATIVE_GAIN * (outputs + size)]
+    return (ranks,)
 
 
 def _useful(layer: Layer, form: Form) -> int:
@@ -176,7 +184,9 @@ def _useful(layer: Layer, form: Form) -> int:
 
 def _gains(tried: Point, whole: Point) -> bool:
     """Whether a chain saves enough to be worth its additional nodes, in params or in MACs."""
-    return tried.params <= LEAST_GAIN * whole.params or tried.macs <= LEAST_GAIN * whole.macs
+    interpolative = tried.choice is not None and tried.choice.form == "interpolative"
+    most = MOST_INTERPOLATED if interpolative else LEAST_GAIN
+    return tried.params <= most * whole.params or tried.macs <= most * whole.macs
 
 
 def _largest(holds: Callable[[int], bool], limit: int) -> int:

@@ -50,6 +50,11 @@ class Tape:
         self.readings.append(value)
         return value
 
+    def rewind(self, count: int) -> None:
+        """Be where `count` readings were made; what was read, or is to be repeated, after them counts no more."""
+        del self.readings[count:]
+        self._recorded = self._recorded[:count]
+
     def jump(self, readings: Sequence[float], moment: float) -> None:
         """Be where the record of a step ends: `readings` since the start of the run, and what `shown` gave there."""
         self.readings = list(readings)

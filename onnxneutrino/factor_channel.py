@@ -19,21 +19,20 @@ from onnxneutrino.factors import Factors
 from onnxneutrino.plan import Array, Form
 
 
-class OutputProjection:
-    """The forms `svd` and `channel` of one layer."""
+class OutputSpectrum:
+    """The directions in which a layer's outputs vary, the strongest first, for all forms that project on them."""
 
-    def __init__(self, form: Form, problem: Problem) -> None:
-        self.form = form
+    def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._kept: tuple[Double, Array] | None = None
 
     @property
-    def limit(self) -> tuple[int, ...]:
+    def limit(self) -> int:
         """`min(O, D)`."""
-        return (min(self.problem.target.shape),)
+        return int(min(self.problem.target.shape))
 
     @cached_property
-    def _spectrum(self) -> tuple[Double, Double]:
+    def _all(self) -> tuple[Double, Double]:
         """Error at ranks 0 to limit, `(limit + 1,)`, and eigenvectors `(O, limit)`.
 
         The vectors are those of the regularised covariance, the errors those on Σ: `tr C - Σ eᵀCe`.
@@ -41,34 +40,52 @@ class OutputProjection:
         target = self.problem.target.astype(np.float64)
         covariance = target @ self.problem.target_sigma.T.astype(np.float64)
         covariance = (covariance + covariance.T) / 2
-        _, vectors = top_eigenvectors(covariance + self.problem.ridge * (target @ target.T), self.limit[0])
+        _, vectors = top_eigenvectors(covariance + self.problem.ridge * (target @ target.T), self.limit)
         gains = np.einsum("or,op,pr->r", vectors, covariance, vectors, optimize=True)
         return self.problem.energy - np.concatenate([[0.0], np.cumsum(gains)]), vectors
 
+    def error(self, rank: int) -> float:
+        """Squared output error at a rank."""
+        return float((self._all if self._kept is None else self._kept)[0][rank])
+
+    def vectors(self, rank: int) -> Any:
+        """The first eigenvectors, `(O, rank)`."""
+        kept: Any = self._kept[1] if self._kept is not None and rank <= self._kept[1].shape[1] else self._all[1]
+        return kept[:, :rank]
+
+    def spill(self, most: int, keep: Callable[[Array], Array]) -> None:
+        """Leave the eigenvectors for ranks up to `most` where `keep` puts them, in single precision."""
+        if self._kept is None:
+            errors, vectors = self._all
+            self._kept = errors, keep(np.asarray(vectors[:, :most], np.float32))
+        self.__dict__.pop("_all", None)
+        self.problem.__dict__.pop("target_sigma", None)
+
+
+class OutputProjection:
+    """The forms `svd` and `channel` of one layer."""
+
+    def __init__(self, form: Form, spectrum: OutputSpectrum) -> None:
+        self.form = form
+        self.spectrum = spectrum
+
+    @property
+    def limit(self) -> tuple[int, ...]:
+        """`min(O, D)`."""
+        return (self.spectrum.limit,)
+
     def errors(self, grid: Sequence[tuple[int, ...]]) -> list[float]:
         """Relative squared output error at each rank of `grid`."""
-        return [self.problem.relative(float(self._spectrum[0][rank])) for (rank,) in grid]
+        return [self.spectrum.problem.relative(self.spectrum.error(rank)) for (rank,) in grid]
 
     def factors(self, ranks: tuple[int, ...]) -> Factors:
         """The chain at `ranks`: `EᵀG^½W` and `G^-½E`."""
         check_ranks(self.form, ranks, self.limit)
         (rank,) = ranks
-        kept: Any
-        if self._kept is not None and rank <= self._kept[1].shape[1]:
-            errors, kept = self._kept[0], self._kept[1][:, :rank]
-        else:
-            errors, kept = self._spectrum[0], self._spectrum[1][:, :rank]
-        first = (kept.T @ self.problem.target).reshape(rank, *self.problem.weight.shape[1:])
-        stages = (stage(first), pointwise(self.problem.unweighted(kept), first.ndim - 2))
-        return self.problem.chain(self.form, ranks, stages, float(errors[rank]))
+        problem, kept = self.spectrum.problem, self.spectrum.vectors(rank)
+        first = (kept.T @ problem.target).reshape(rank, *problem.weight.shape[1:])
+        stages = (stage(first), pointwise(problem.unweighted(kept), first.ndim - 2))
+        return problem.chain(self.form, ranks, stages, self.spectrum.error(rank))
 
     def release(self) -> None:
         """Nothing: the eigenvectors serve every rank and are small."""
-
-    def spill(self, most: int, keep: Callable[[Array], Array]) -> None:
-        """Leave the eigenvectors for ranks up to `most` where `keep` puts them, in single precision."""
-        if self._kept is None:
-            errors, vectors = self._spectrum
-            self._kept = errors, keep(np.asarray(vectors[:, :most], np.float32))
-        self.__dict__.pop("_spectrum", None)
-        self.problem.__dict__.pop("target_sigma", None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,6 +44,8 @@ class Factors:
         ranks: `(r,)`, or `(r1, r2)` for tucker2.
         stages: in the order in which they run.
         bias: `(O,)`, added by the last stage.
+        direct: `(r,)`, rising: the outputs that are the inner channels themselves, for `interpolative`; the rows of
+            the last stage there are those of the identity, and no graph holds them.
         error: relative squared output error on the calibration moments,
             `E|y - y'|² / E|y - mean y|²`, without units.
     """
@@ -53,6 +55,7 @@ class Factors:
     stages: tuple[Stage, ...]
     bias: Array
     error: float = float("nan")
+    direct: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ValueError where the stages do not chain."""
@@ -66,8 +69,26 @@ class Factors:
 
     @property
     def params(self) -> int:
-        """Elements of all stages and the bias."""
-        return sum(stage.weight.size for stage in self.stages) + self.bias.size
+        """Elements of all stages and the bias, as a graph holds them."""
+        return sum(stage.weight.size for stage in self.written) + self.bias.size
+
+    @property
+    def written(self) -> tuple[Stage, ...]:
+        """The stages as a graph holds them: the last one without `direct` outputs; none where there are no others."""
+        if not self.direct:
+            return self.stages
+        first, last = self.stages
+        return (first, *([replace(last, weight=last.weight[list(self.others)])] if self.others else []))
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """The outputs that the last stage computes: all that are not `direct`."""
+        return tuple(sorted(set(range(len(self.bias))) - set(self.direct)))
+
+    @property
+    def inner_bias(self) -> Array:
+        """What a graph adds to the channels that the last stage reads: the bias of `direct` outputs, `(r,)`."""
+        return self.bias[list(self.direct)]
 
     def product(self) -> Array:
         """The weight `(O, I, *kernel)` that the chain is equal to."""

@@ -31,6 +31,7 @@ from onnxneutrino.errors import TrainingError
 from onnxneutrino.gradient_graph import faster_gradients
 from onnxneutrino.graph import RUNTIME_IR, element_dtype
 from onnxneutrino.losses import Loss, loss_inputs, teacher_loss, with_loss
+from onnxneutrino.memory import needed_for
 from onnxneutrino.runtime import session_options
 from onnxneutrino.schedules import Schedule, averaged
 
@@ -158,20 +159,27 @@ class Trainer:
 
         Raises:
             NotFiniteError: the loss is not finite.
+            MemoryError: for a batch of this size; the trainer is of no more use.
         """
         given = loss_inputs(self.loss, example.teacher, example.labels)
-        loss = self._run(example, given)
-        if not math.isfinite(loss):
-            raise NotFiniteError(f"the training loss became {loss}; lower the learning rate or check the data")
-        self._clip()
-        self._optimizer.set_learning_rate(rate)
-        self._optimizer.step()
+        with needed_for(self.batch):
+            loss = self._run(example, given)
+            if not math.isfinite(loss):
+                raise NotFiniteError(f"the training loss became {loss}; lower the learning rate or check the data")
+            self._clip()
+            self._optimizer.set_learning_rate(rate)
+            self._optimizer.step()
         self._module.lazy_reset_grad()
         return loss - teacher_loss(self.loss, example.teacher, given)
 
     def gradients(self, example: Example) -> Arrays:
-        """Gradients of the loss by initializer name, for one batch; nothing is updated."""
-        self._run(example, loss_inputs(self.loss, example.teacher, example.labels))
+        """Gradients of the loss by initializer name, for one batch; nothing is updated.
+
+        Raises:
+            MemoryError: for a batch of this size; the trainer is of no more use.
+        """
+        with needed_for(self.batch):
+            self._run(example, loss_inputs(self.loss, example.teacher, example.labels))
         found = {name: np.array(self._state.parameters[name].grad) for name in self.trainable}
         self._module.lazy_reset_grad()
         return found

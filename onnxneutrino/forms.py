@@ -3,13 +3,14 @@
 | form | chain |
 |---|---|
 | `svd`, `channel` | `kh×kw (I → r)`, `1×1 (r → O)` |
+| `interpolative` | `kh×kw (I → r)`, `1×1 (r → O - r)` on these r channels, which are outputs themselves |
 | `input` | `1×1 (I → r)`, `kh×kw (r → O)` |
 | `spatial_hv` | `kh×1 (I → r)`, `1×kw (r → O)` |
 | `spatial_vh` | `1×kw (I → r)`, `kh×1 (r → O)` |
 | `tucker2` | `1×1 (I → r1)`, `kh×kw (r1 → r2)`, `1×1 (r2 → O)` |
 | `cp` | `1×1 (I → r)`, depthwise `kh×1`, depthwise `1×kw`, `1×1 (r → O)` |
 
-A 3-D kernel `kd×kh×kw` takes the forms that leave it whole: `svd`, `channel`, `input` and `tucker2`.
+A 3-D kernel `kd×kh×kw` takes the forms that leave it whole: `svd`, `channel`, `interpolative`, `input` and `tucker2`.
 """
 
 from __future__ import annotations
@@ -20,22 +21,24 @@ from types import MappingProxyType
 
 import numpy as np
 
-from onnxneutrino.factor_channel import OutputProjection
+from onnxneutrino.factor_channel import OutputProjection, OutputSpectrum
 from onnxneutrino.factor_cp import Cp
 from onnxneutrino.factor_fit import Decomposition, Problem
+from onnxneutrino.factor_interpolative import Interpolative
 from onnxneutrino.factor_shared import SharedFeatures
 from onnxneutrino.factor_spatial import SharedFirst, channel_features
 from onnxneutrino.factor_tucker import Tucker2
 from onnxneutrino.factors import Factors, Moments, Stage
 from onnxneutrino.plan import Array, Choice, Form
 
-METHODS: Mapping[Form, Callable[[Problem, SharedFeatures], Decomposition]] = MappingProxyType(
+METHODS: Mapping[Form, Callable[[OutputSpectrum, SharedFeatures], Decomposition]] = MappingProxyType(
     {
-        "svd": lambda problem, _: OutputProjection("svd", problem),
-        "channel": lambda problem, _: OutputProjection("channel", problem),
-        "input": lambda problem, features: SharedFirst("input", problem, features),
-        "spatial_hv": lambda problem, _: SharedFirst("spatial_hv", problem),
-        "spatial_vh": lambda problem, _: SharedFirst("spatial_vh", problem),
+        "svd": lambda spectrum, _: OutputProjection("svd", spectrum),
+        "channel": lambda spectrum, _: OutputProjection("channel", spectrum),
+        "interpolative": lambda spectrum, _: Interpolative(spectrum),
+        "input": lambda spectrum, features: SharedFirst("input", spectrum.problem, features),
+        "spatial_hv": lambda spectrum, _: SharedFirst("spatial_hv", spectrum.problem),
+        "spatial_vh": lambda spectrum, _: SharedFirst("spatial_vh", spectrum.problem),
         "tucker2": lambda _, features: Tucker2(features),
         "cp": lambda _, features: Cp(features),
     }
@@ -46,12 +49,12 @@ def applicable(shape: tuple[int, ...]) -> tuple[Form, ...]:
     """Forms of a layer with a weight of `shape` `(O, I, *kernel)`."""
     kernel = shape[2:]
     if max(kernel) == 1:
-        return ("svd",)
+        return ("svd", "interpolative")
     if len(kernel) > 2:
-        return ("channel", "input", "tucker2")
+        return ("channel", "interpolative", "input", "tucker2")
     if min(kernel) == 1:
-        return ("channel", "input", "tucker2", "cp")
-    return ("channel", "input", "spatial_hv", "spatial_vh", "tucker2", "cp")
+        return ("channel", "interpolative", "input", "tucker2", "cp")
+    return ("channel", "interpolative", "input", "spatial_hv", "spatial_vh", "tucker2", "cp")
 
 
 def decompose(
@@ -72,7 +75,7 @@ def decompose(
     if form not in applicable(weight.shape):
         raise ValueError(f"{form}: not a form of a weight {weight.shape}")
     problem = Problem(weight, bias, moments, weighting)
-    return METHODS[form](problem, channel_features(problem))
+    return METHODS[form](OutputSpectrum(problem), channel_features(problem))
 
 
 def decompose_all(
@@ -80,8 +83,8 @@ def decompose_all(
 ) -> dict[Form, Decomposition]:
     """Prepare all applicable forms of a layer; they share what they have in common."""
     problem = Problem(weight, bias, moments, weighting)
-    features = channel_features(problem)
-    return {form: METHODS[form](problem, features) for form in applicable(weight.shape)}
+    spectrum, features = OutputSpectrum(problem), channel_features(problem)
+    return {form: METHODS[form](spectrum, features) for form in applicable(weight.shape)}
 
 
 def full_ranks(form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -91,6 +94,7 @@ def full_ranks(form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:
     limits: dict[Form, tuple[int, ...]] = {
         "svd": (min(outputs, inputs * taps),),
         "channel": (min(outputs, inputs * taps),),
+        "interpolative": (min(outputs, inputs * taps),),
         "input": (min(inputs, outputs * taps),),
         "tucker2": (min(inputs, outputs * taps), min(outputs, inputs * taps)),
         "cp": (inputs * taps,),
@@ -113,6 +117,8 @@ def skeleton(form: Form, shape: tuple[int, ...], ranks: tuple[int, ...]) -> tupl
     rank, ones = ranks[0], [1] * len(kernel)
     if form in ("svd", "channel"):
         return _empty(rank, inputs, *kernel), _empty(outputs, rank, *ones)
+    if form == "interpolative":
+        return _empty(rank, inputs, *kernel), _empty(outputs - rank, rank, *ones)
     if form == "input":
         return _empty(rank, inputs, *ones), _empty(outputs, rank, *kernel)
     if form == "tucker2":
@@ -137,9 +143,10 @@ def filled(choice: Choice, weight: Array, bias: Array, fill: Callable[..., Array
         bias: of the chain.
         fill: makes an array of the sizes it is called with.
     """
-    bones = skeleton(choice.form, weight.shape, choice.ranks)
+    direct = tuple(range(choice.ranks[0])) if choice.form == "interpolative" else ()
+    bones = skeleton("channel" if direct else choice.form, weight.shape, choice.ranks)
     stages = tuple(Stage(fill(*stage.weight.shape), stage.groups) for stage in bones)
-    return Factors(choice.form, choice.ranks, stages, bias)
+    return Factors(choice.form, choice.ranks, stages, bias, direct=direct)
 
 
 def _empty(*shape: int, groups: int = 1) -> Stage:

@@ -63,6 +63,9 @@ class Journal:
     def resume(self, name: str) -> None:
         """Go on where `keep` kept."""
 
+    def forget(self) -> None:
+        """Make the step that is being made from its beginning: nothing that was recorded within it counts."""
+
     def best(self, model: Callable[[], ModelProto], told: str) -> None:
         """Keep the best network so far."""
 
@@ -129,6 +132,13 @@ class RunJournal(Journal):
     def resume(self, name: str) -> None:
         """Set the clock to where `keep` kept."""
         self._jump(self._within + name)
+
+    def forget(self) -> None:
+        """Delete the records within the step that is being made."""
+        for path in self.folder.glob(f"{self._within}*.npz"):
+            path.unlink()
+        self._heads = {key: head for key, head in self._heads.items() if not key.startswith(self._within)}
+        self._count = 0
 
     def best(self, model: Callable[[], ModelProto], told: str) -> None:
         """Keep the best network so far, and what is said of it at an interrupt."""

@@ -166,7 +166,7 @@ class LayerOptions:
             return
         for form, fit in self.fits.items():
             if isinstance(fit, OutputProjection) and self._highest:
-                fit.spill(self._highest, self._keep)
+                fit.spectrum.spill(self._highest, self._keep)
                 self._spilled[form] = fit
         self._fits = None
         weights.let_go()

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.float32]
 Kind: TypeAlias = Literal["conv1d", "conv2d", "conv3d", "gemm", "matmul", "map"]
-Form: TypeAlias = Literal["svd", "channel", "input", "spatial_hv", "spatial_vh", "tucker2", "cp"]
+Form: TypeAlias = Literal["svd", "channel", "interpolative", "input", "spatial_hv", "spatial_vh", "tucker2", "cp"]
 
-FORMS: tuple[Form, ...] = ("svd", "channel", "input", "spatial_hv", "spatial_vh", "tucker2", "cp")
+FORMS: tuple[Form, ...] = ("svd", "channel", "interpolative", "input", "spatial_hv", "spatial_vh", "tucker2", "cp")
 
 
 @dataclass(frozen=True)

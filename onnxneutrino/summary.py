@@ -133,7 +133,7 @@ def layer_rows(marked: Marked, network: Network) -> tuple[LayerRow, ...]:
             layer.params,
             layer.params if own is None else own.params,
             layer.macs,
-            layer.macs if own is None else macs_of(layer, own.stages),
+            layer.macs if own is None else macs_of(layer, own.written),
             None,
         )
     for still in marked.frozen:

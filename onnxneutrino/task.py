@@ -127,12 +127,14 @@ class Tuned:
         fine_tune: for the report; None where training failed.
         warnings: for the report.
         learning_rate: that later fine-tunes begin with; None where none was found yet.
+        batch: that later fine-tunes begin with.
     """
 
     network: Network | None
     fine_tune: FineTune | None
     warnings: tuple[str, ...]
     learning_rate: float | None
+    batch: int
 
 
 def build(task: Task, network: Network, batched: bool = False) -> ModelProto:

@@ -24,6 +24,7 @@ from onnxneutrino.journal import UNKEPT, Journal
 from onnxneutrino.kept_training import KeptTraining
 from onnxneutrino.large import GROUP_BYTES
 from onnxneutrino.losses import Loss
+from onnxneutrino.memory import Made, fitting
 from onnxneutrino.passes.factorize import read_factors, stage_arrays, stage_names
 from onnxneutrino.prefetch import prefetched
 from onnxneutrino.prepare import evaluate
@@ -131,6 +132,7 @@ class Tuner:
         """
         own = self._journal.step("fine-tune", lambda: self._tuned(network, seconds, name, hopeless, mended))
         self._rate = own.learning_rate
+        self.task = dataclasses.replace(self.task, batch=own.batch)
         self.warnings.extend(own.warnings)
         if own.fine_tune is not None:
             self.fine_tunes.append(own.fine_tune)
@@ -144,11 +146,35 @@ class Tuner:
         hopeless: float,
         mended: Callable[[Network], Network],
     ) -> Tuned:
-        start = clock.now()
+        if self.task.external is not None:
+            return self._elsewhere(self.task.external, network, seconds, name)
+        start, halved = clock.now(), list[str]()
+        try:
+            made = self._fitting(lambda: self._here(network, start, seconds, name, hopeless, mended), halved)
+        except TrainingError as error:
+            made = Tuned(None, None, (f"{name}: {error}; the candidate is dropped",), self._rate, self.task.batch)
+        return dataclasses.replace(made, warnings=(*halved, *made.warnings))
+
+    def _fitting(self, made: Callable[[], Made], told: list[str]) -> Made:
+        """Make something with batches that memory has room for, smaller ones from then on; see `memory.fitting`."""
+
+        def of(batch: int) -> Made:
+            self.task = dataclasses.replace(self.task, batch=batch)
+            return made()
+
+        return fitting(of, self.task.batch, told, self._journal.forget)[0]
+
+    def _here(
+        self,
+        network: Network,
+        start: float,
+        seconds: float,
+        name: str,
+        hopeless: float,
+        mended: Callable[[Network], Network],
+    ) -> Tuned:
+        """As `_tuned`, `start` on the clock being when `seconds` begin."""
         task = self.task
-        assert task.training is not None
-        if task.external is not None:
-            return self._elsewhere(task.external, network, seconds, name)
         loss, graph = self.loss, build(task, network, batched=True)
         names = list(trainable_names(task, network, graph))
         lessons = Lessons(self._tutor, self._fed(network), self._memory)
@@ -214,7 +240,8 @@ class Tuner:
                     raise TrainingError(made)
                 arrays, record = made
         except TrainingError as error:
-            return Tuned(None, None, (*warnings, f"{name}: {error}; the candidate is dropped"), self._rate)
+            dropped = f"{name}: {error}; the candidate is dropped"
+            return Tuned(None, None, (*warnings, dropped), self._rate, task.batch)
         return self._ended(network, mended(self._learned(network, arrays)), record, warnings)
 
     def _elsewhere(self, external: External, network: Network, seconds: float, name: str) -> Tuned:
@@ -230,7 +257,7 @@ class Tuner:
         except TrainingError as error:
             if not self.fine_tunes:
                 raise
-            return Tuned(None, None, (f"{name}: {error}; the candidate is dropped",), self._rate)
+            return Tuned(None, None, (f"{name}: {error}; the candidate is dropped",), self._rate, self.task.batch)
         record = FineTune(name, 0, self.task.batch, math.nan, ())
         return self._ended(network, self._learned(network, arrays), record, ())
 
@@ -241,17 +268,25 @@ class Tuner:
         """
         if self._keep is not None or self.task.external is not None:
             return 0.0
+        try:
+            return self._fitting(lambda: self._timed(network), self.warnings)
+        except TrainingError:
+            return math.inf
+
+    def _timed(self, network: Network) -> float:
+        """As `step_seconds`.
+
+        Raises:
+            TrainingError: it cannot be trained.
+        """
         task = self.task
         graph = build(task, network, batched=True)
         lessons = Lessons(self._tutor, self._fed(network), self._memory)
         own = self.loss.kind == "own" and self.loss.label_weight > 0  # which cannot do without
         source = examples(task.train, task.batch, task.seed, lessons, labels=own, kinds=LABEL_KINDS)
-        try:
-            copy = training_copy(graph, task.batch, task.types)
-            with finetune.Trainer(copy, trainable_names(task, network, graph), self.loss, task.threads) as trainer:
-                return finetune.step_seconds(trainer, source)
-        except TrainingError:
-            return math.inf
+        copy = training_copy(graph, task.batch, task.types)
+        with finetune.Trainer(copy, trainable_names(task, network, graph), self.loss, task.threads) as trainer:
+            return finetune.step_seconds(trainer, source)
 
     def _found_rate(
         self, copy: ModelProto, names: Sequence[str], source: Iterator[finetune.Example], seconds: float
@@ -325,7 +360,7 @@ class Tuner:
         """With the better network; a warning where training was in vain."""
         better = self._better(before, after)
         vain = [f"{record.name}: the metric fell; the weights before it were kept"] if better is before else []
-        return Tuned(better, record, (*warnings, *vain), self._rate)
+        return Tuned(better, record, (*warnings, *vain), self._rate, self.task.batch)
 
     def _better(self, before: Network, after: Network) -> Network:
         """`before` where `after` scores worse by more than its error, on held-out training images and deciding ones.

@@ -10,6 +10,7 @@ from onnxneutrino.curvature import output_curvature
 from onnxneutrino.data import Inputs
 from onnxneutrino.errors import NeutrinoError
 from onnxneutrino.large import is_large
+from onnxneutrino.memory import fitting
 from onnxneutrino.plan import Array
 from onnxneutrino.task import Task
 
@@ -24,22 +25,19 @@ def output_weightings(task: Task, teacher: Run, seconds: float) -> Mapping[str, 
     """
     if task.loss.kind != "classes" or (task.training is not None and task.training.faulty) or is_large(task.layers):
         return {}
-    drawn = task.train.batches(task.batch, seed=task.seed, augment=True)
-    affordable = MACS // (max(cost.macs(task.model, task.types), 1) * task.batch)
-    inputs = [batch.inputs for batch, _ in zip(drawn, range(min(max(affordable, 1), BATCHES)), strict=False)]
-    full = [own for own in inputs if len(next(iter(own.values()))) == task.batch]
-    try:
+
+    def made(batch: int) -> Mapping[str, Array]:
+        drawn = task.train.batches(batch, seed=task.seed, augment=True)
+        affordable = MACS // (max(cost.macs(task.model, task.types), 1) * batch)
+        inputs = [own.inputs for own, _ in zip(drawn, range(min(max(affordable, 1), BATCHES)), strict=False)]
+        full = [own for own in inputs if len(next(iter(own.values()))) == batch]
+        within = _within(full, seconds)
         return output_curvature(
-            task.batched,
-            task.batch,
-            task.layers,
-            task.loss,
-            _within(full, seconds),
-            teacher,
-            task.threads,
-            task.seed,
-            task.types,
+            task.batched, batch, task.layers, task.loss, within, teacher, task.threads, task.seed, task.types
         )
+
+    try:
+        return fitting(made, task.batch)[0]
     except NeutrinoError:
         return {}
 

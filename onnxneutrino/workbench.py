@@ -21,6 +21,7 @@ from onnxneutrino.bench import Candidate
 from onnxneutrino.budgets import allocate_measured
 from onnxneutrino.calibrate import calibrate, images_needed, in_place
 from onnxneutrino.events import TrainingStatus
+from onnxneutrino.factor_interpolative import interpolated
 from onnxneutrino.factors import Moments
 from onnxneutrino.figures import figures
 from onnxneutrino.journal import UNKEPT, Journal
@@ -263,12 +264,14 @@ class Workbench:
             part = between(graph, start, [last_stage(use, own)[0] for use in layer.uses], task.types)
             run = Runner(part, threads=task.threads)
             features = features_at(probe, layer, own.stages, run)
+            features = features - own.inner_bias if own.direct else features
             last = own.stages[-1]
             solved = refit(
                 features, self.probe.targets[layer.name], last.weight.reshape(len(last.weight), -1), own.bias
             )
             stage = dataclasses.replace(last, weight=solved.weight.reshape(last.weight.shape))
             own = dataclasses.replace(own, stages=(*own.stages[:-1], stage), bias=solved.bias)
+            own = interpolated(own) if own.direct else own
             factors[layer.name] = own if self._keep is None else kept_factors(layer, own, self._keep)
         return dataclasses.replace(network, factors=factors)
 

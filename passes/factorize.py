@@ -1,25 +1,27 @@
 """Factorize: replace layers by their chains of factors, and read trained factors back.
 
-A Conv becomes Conv nodes; a Gemm or MatMul behind a map becomes Conv nodes and a Flatten. On matrices every
-stage but the last is a MatMul, because a Gemm without C needs opset 11; the last is a Gemm, or a MatMul and
-an Add. Plain protobuf edits: graphsurgeon drops metadata and takes initializers out of the graph's inputs.
+A Conv becomes Conv nodes; a Gemm or MatMul behind a map becomes Conv nodes and a Flatten. On matrices a stage
+without bias is a MatMul, because a Gemm without C needs opset 11; one with bias is a Gemm, or a MatMul and an Add.
+Behind a chain whose inner channels are outputs themselves, Concat and Gather put all outputs in their order.
+Plain protobuf edits: graphsurgeon drops metadata and takes initializers out of the graph's inputs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from onnxneutrino.errors import ModelError
+from onnxneutrino.factor_interpolative import parts_of, with_parts
 from onnxneutrino.factors import Factors, Stage, stage_geometries
 from onnxneutrino.graph import copied, reads, used_names
-from onnxneutrino.plan import Geometry, Layer
+from onnxneutrino.plan import Array, Geometry, Layer
 from onnxneutrino.weights import initializer, is_mapped
 
 # Below it every initializer must be listed as a graph input too.
@@ -45,7 +47,7 @@ def factorize(model: ModelProto, layers: Sequence[Layer], factors: Mapping[str, 
     chosen = [layer for layer in layers if layer.name in factors]
     owners = {name: use for layer in chosen for use in layer.uses for name in use.nodes}
     chains = {
-        use.nodes[0]: _chain(use, factors[layer.name], stage_names(layer, factors[layer.name]))
+        use.nodes[0]: _chain(use, factors[layer.name], _written(layer, factors[layer.name]))
         for layer in chosen
         for use in layer.uses
     }
@@ -74,9 +76,8 @@ def factorize(model: ModelProto, layers: Sequence[Layer], factors: Mapping[str, 
 
 
 def stage_names(layer: Layer, factors: Factors) -> tuple[str, ...]:
-    """Names of the chain's initializers: the weight of each stage in their order, then the bias."""
-    prefixes = [_stage(layer, factors, index) for index in range(len(factors.stages))]
-    return (*(f"{prefix}/weight" for prefix in prefixes), f"{prefixes[-1]}/bias")
+    """Names of the chain's initializers: of each stage in their order the weight and, where it has one, the bias."""
+    return tuple(name for stage in _written(layer, factors) for name in stage.names)
 
 
 def stage_arrays(layer: Layer, factors: Factors) -> dict[str, NDArray[Any]]:
@@ -87,12 +88,11 @@ def stage_arrays(layer: Layer, factors: Factors) -> dict[str, NDArray[Any]]:
         `(O, I)` of Gemm stages, and the bias `(O,)`; float16 where the layer's weight is, else float32.
     """
     dtype = np.float16 if layer.half else np.float32
-    last = len(factors.stages) - 1
-    values = [_as_stored(layer, stage, index == last) for index, stage in enumerate(factors.stages)]
-    names = stage_names(layer, factors)
-    return {
-        name: np.ascontiguousarray(value, dtype) for name, value in zip(names, [*values, factors.bias], strict=True)
-    }
+    found: dict[str, NDArray[Any]] = {}
+    for stage in _written(layer, factors):
+        values = [_as_stored(layer, stage), *([] if stage.bias is None else [stage.bias])]
+        found.update(zip(stage.names, (np.ascontiguousarray(value, dtype) for value in values), strict=True))
+    return found
 
 
 def read_factors(layer: Layer, factors: Factors, arrays: Mapping[str, NDArray[Any]]) -> Factors:
@@ -106,70 +106,114 @@ def read_factors(layer: Layer, factors: Factors, arrays: Mapping[str, NDArray[An
     Returns:
         Float32 factors whose error is not known (nan).
     """
-    *names, bias = stage_names(layer, factors)
-    stages = []
-    for index, (name, stage) in enumerate(zip(names, factors.stages, strict=True)):
-        value = arrays[name]
-        if _is_matmul(layer, index == len(names) - 1):
+    stages: list[Stage] = []
+    biases: list[Array] = []
+    for stage in _written(layer, factors):
+        value = arrays[stage.names[0]]
+        if _is_matmul(layer, stage):
             value = value.T
         # What lies in a file stays there, in the order of the graph.
         own = np.asarray(value, np.float32) if is_mapped(value) else np.array(value, np.float32, order="C")
-        weight = own.reshape(stage.weight.shape)
-        stages.append(replace(stage, weight=weight))
-    return replace(factors, stages=tuple(stages), bias=np.array(arrays[bias], np.float32), error=float("nan"))
+        stages.append(replace(stage.stage, weight=own.reshape(stage.stage.weight.shape)))
+        biases.extend(np.array(arrays[name], np.float32) for name in stage.names[1:])
+    if factors.direct:
+        return with_parts(factors, stages, biases)
+    return replace(factors, stages=tuple(stages), bias=biases[-1], error=float("nan"))
 
 
 def last_stage(layer: Layer, factors: Factors) -> tuple[str, str]:
     """Names of the tensor that feeds the chain's last stage and of the layer's output, in one of its places."""
+    before = len(factors.stages) - 2
+    return (_written(layer, factors)[before].output if before >= 0 else layer.input), layer.output
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A stage as the graph holds it, with the names of its node, its initializers and what it gives."""
+
+    name: str
+    stage: Stage
+    bias: NDArray[Any] | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (f"{self.name}/weight", *([] if self.bias is None else [f"{self.name}/bias"]))
+
+    @property
+    def output(self) -> str:
+        return f"{self.name}/output"
+
+
+def _written(layer: Layer, factors: Factors) -> list[_Written]:
     last = len(factors.stages) - 1
-    return (_output(layer, factors, last - 1) if last else layer.input), layer.output
+    parts = (
+        parts_of(factors)
+        if factors.direct
+        else [(stage, factors.bias if index == last else None) for index, stage in enumerate(factors.stages)]
+    )
+    return [_Written(f"{layer.name}/{factors.form}.{index}", *part) for index, part in enumerate(parts)]
 
 
-def _stage(layer: Layer, factors: Factors, index: int) -> str:
-    return f"{layer.name}/{factors.form}.{index}"
+def _is_matmul(layer: Layer, stage: _Written) -> bool:
+    return layer.kind == "matmul" or (layer.kind == "gemm" and stage.bias is None)
 
 
-def _output(layer: Layer, factors: Factors, index: int) -> str:
-    return f"{_stage(layer, factors, index)}/output"
-
-
-def _is_matmul(layer: Layer, last: bool) -> bool:
-    return layer.kind == "matmul" or (layer.kind == "gemm" and not last)
-
-
-def _as_stored(layer: Layer, stage: Stage, last: bool) -> NDArray[Any]:
+def _as_stored(layer: Layer, written: _Written) -> NDArray[Any]:
+    weight = written.stage.weight
     if layer.kind in ("gemm", "matmul"):
-        matrix = stage.weight.reshape(stage.weight.shape[:2])
-        return matrix.T if _is_matmul(layer, last) else matrix
-    return stage.weight.reshape(stage.weight.shape[:3]) if layer.kind == "conv1d" else stage.weight
+        matrix = weight.reshape(weight.shape[:2])
+        return matrix.T if _is_matmul(layer, written) else matrix
+    return weight.reshape(weight.shape[:3]) if layer.kind == "conv1d" else weight
 
 
-def _chain(layer: Layer, factors: Factors, names: Sequence[str]) -> list[NodeProto]:
-    """The nodes of the chain, in the order in which they run, on the initializers `names`."""
-    *weights, bias = names
-    geometries = stage_geometries(factors.stages, layer.geometry)
-    last = len(weights) - 1
-    nodes = []
-    source = layer.input
-    for index, (weight, stage, geometry) in enumerate(zip(weights, factors.stages, geometries, strict=True)):
-        name = _stage(layer, factors, index)
-        follows = layer.kind in ("map", "matmul") or index < last
-        target = _output(layer, factors, index) if follows else layer.output
-        added = [bias] if index == last else []
-        if _is_matmul(layer, index == last):
-            nodes.append(helper.make_node("MatMul", [source, weight], [target], name))
-        elif layer.kind == "gemm":
-            nodes.append(helper.make_node("Gemm", [source, weight, *added], [target], name, transB=1))
-        else:
-            attributes = _conv_attributes(geometry, stage.groups, layer.kind == "conv1d")
-            nodes.append(helper.make_node("Conv", [source, weight, *added], [target], name, **attributes))
-        source = target
-    name = _stage(layer, factors, last)
-    if layer.kind == "matmul":
-        nodes.append(helper.make_node("Add", [source, bias], [layer.output], f"{name}/add"))
+def _chain(layer: Layer, factors: Factors, stages: Sequence[_Written]) -> list[NodeProto]:
+    """The nodes of the chain on the initializers of `stages`, in the order in which they run."""
+    geometries = stage_geometries([written.stage for written in stages], layer.geometry)
+    nodes: list[NodeProto] = []
+    names = _written(layer, factors)
+    given = layer.input
+    for written, own, geometry in zip(stages, names, geometries, strict=True):
+        nodes.extend(_stage_nodes(layer, written, own, given, geometry))
+        given = own.output
+    prefix = f"{layer.name}/{factors.form}"
+    if factors.direct:
+        nodes.extend(_ordered(layer, factors, [own.output for own in names], prefix))
+        given = nodes[-1].output[0]
     if layer.kind == "map":
-        nodes.append(helper.make_node("Flatten", [source], [layer.output], f"{name}/flatten", axis=1))
+        nodes.append(helper.make_node("Flatten", [given], [layer.output], f"{names[-1].name}/flatten", axis=1))
+    else:
+        nodes[-1].output[0] = layer.output
     return nodes
+
+
+def _stage_nodes(layer: Layer, written: _Written, own: _Written, given: str, geometry: Geometry) -> list[NodeProto]:
+    """The node of one stage, or two, on the initializers of `written`, named as `own`."""
+    if _is_matmul(layer, written):
+        weight, *bias = written.names
+        if not bias:
+            return [helper.make_node("MatMul", [given, weight], [own.output], own.name)]
+        product = f"{own.name}/product"
+        return [
+            helper.make_node("MatMul", [given, weight], [product], own.name),
+            helper.make_node("Add", [product, *bias], [own.output], f"{own.name}/add"),
+        ]
+    inputs = [given, *written.names]
+    if layer.kind == "gemm":
+        return [helper.make_node("Gemm", inputs, [own.output], own.name, transB=1)]
+    attributes = _conv_attributes(geometry, written.stage.groups, layer.kind == "conv1d")
+    return [helper.make_node("Conv", inputs, [own.output], own.name, **attributes)]
+
+
+def _ordered(layer: Layer, factors: Factors, parts: Sequence[str], prefix: str) -> list[NodeProto]:
+    """Nodes that put inner channels and the others in the order of the layer's outputs."""
+    axis = -1 if layer.kind == "matmul" else 1
+    places = np.argsort([*factors.direct, *factors.others])
+    joined, order, target = (f"{prefix}.{part}" for part in ("all", "order", "output"))
+    return [
+        helper.make_node("Concat", parts, [joined], joined, axis=axis),
+        helper.make_node("Constant", [], [order], order, value=numpy_helper.from_array(places.astype(np.int64))),
+        helper.make_node("Gather", [joined, order], [target], target, axis=axis),
+    ]
 
 
 def _conv_attributes(geometry: Geometry, groups: int, one_axis: bool) -> dict[str, Any]:

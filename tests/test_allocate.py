@@ -165,12 +165,12 @@ def test_costs_from_shapes_are_those_of_the_chains(shape: tuple[int, int, int, i
         factors = decomposition.factors(ranks)
         counted = 0
         size = layer.input_size
-        for stage, own in zip(factors.stages, stage_geometries(factors.stages, layer.geometry), strict=True):
+        for stage, own in zip(factors.written, stage_geometries(factors.written, layer.geometry), strict=True):
             size = own.output_size(*size)
             counted += size[0] * size[1] * stage.weight.size
         costs = point(layer, Choice(form, ranks))
         assert costs.params == factors.params
-        assert costs.macs == counted == chain_macs(factors.stages, layer.geometry, layer.input_size)
+        assert costs.macs == counted == chain_macs(factors.written, layer.geometry, layer.input_size)
 
 
 def test_macs_of_a_matmul_count_every_position() -> None:
@@ -211,6 +211,10 @@ def test_rank_grids_are_dense_where_small_and_rounded_where_large(shape: tuple[i
     layer = conv(shape)
     for form in applicable(shape):
         grid = rank_grid(layer, form)
+        if form == "interpolative":  # from where it saves a tenth of the chain, which in some layers is nowhere
+            assert all(r >= 0.1 * (shape[0] + layer.patch) for (r,) in grid)
+            assert grid or shape[2:] != (1, 1)
+            continue
         for axis in range(len(grid[0])):
             ranks = sorted({r[axis] for r in grid})
             assert ranks[0] == 1

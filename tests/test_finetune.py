@@ -469,3 +469,33 @@ print("stepped")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "stepped\n"
     assert done.stderr == "", "the gradient builder's lines reached the user"
+
+
+LIMITED = """
+import resource, sys
+import numpy as np
+from onnx import numpy_helper, parser
+from onnxneutrino.finetune import Example, Trainer
+from onnxneutrino.losses import Loss
+
+model = parser.parse_model(
+    '<ir_version: 8, opset_import: ["": 17]> g (float[512, 1, 64, 64] x) => (float[512, 8, 64, 64] y) '
+    "{ h = Conv <pads = [1, 1, 1, 1]> (x, v)  r = Relu (h)  y = Conv <pads = [1, 1, 1, 1]> (r, w) }"
+)
+for name, shape in {"v": (8, 1, 3, 3), "w": (8, 8, 3, 3)}.items():
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+batch = Example({"x": np.zeros((512, 1, 64, 64), np.float32)}, [np.zeros((512, 8, 64, 64), np.float32)], None)
+with Trainer(model, ["v", "w"], Loss("values", ("y",)), 1) as trainer:
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))
+    try:
+        trainer.step(batch, 1e-3)
+    except MemoryError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is limited as on Linux")
+def test_a_step_that_does_not_fit_in_memory_says_so() -> None:
+    own = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120, check=False)
+    assert own.stdout == "for a training step of 512\n", own.stderr

@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxneutrino.factor_fit import Problem, balanced
+from onnxneutrino.factor_interpolative import interpolated, parts_of, with_parts
 from onnxneutrino.factors import Factors, Moments, Stage, chain_product, stage_geometries
 from onnxneutrino.forms import METHODS, applicable, decompose, decompose_all, full_ranks, skeleton
 from onnxneutrino.moments import MomentSum
@@ -224,6 +225,35 @@ def test_an_input_that_never_varies_leaves_a_fit_to_the_weights(form: Form) -> N
     assert np.linalg.norm(low.product() - weight) < np.linalg.norm(weight)
 
 
+@pytest.mark.parametrize("shape", [(6, 9, 1, 1), (9, 4, 1, 1), (40, 3, 3, 3), (5, 2, 2, 2, 2)])
+def test_interpolation_keeps_the_product_in_fewer_numbers(shape: tuple[int, ...]) -> None:
+    """The chain of the same rank, less r² numbers: r outputs are the inner channels."""
+    weight, bias, _, moments = layer(shape)
+    plain = decompose(applicable(shape)[0], weight, bias, moments)
+    for rank in range(1, plain.limit[0] + 1):
+        before, after = plain.factors((rank,)), decompose("interpolative", weight, bias, moments).factors((rank,))
+        np.testing.assert_allclose(after.product(), before.product(), atol=1e-4)
+        assert after.params == before.params - rank * rank
+        last = after.stages[-1].weight.reshape(shape[0], rank)
+        np.testing.assert_array_equal(last[list(after.direct)], np.eye(rank))
+        assert np.abs(last).max() < 10  # column pivoting keeps the combinations small
+        again = with_parts(after, *zip(*parts_of(after), strict=True))
+        np.testing.assert_allclose(again.product(), after.product(), atol=1e-6)
+        np.testing.assert_allclose(again.bias, after.bias, atol=1e-5)
+
+
+def test_inner_channels_that_say_nothing_are_left_out_of_all_combinations() -> None:
+    last = normal(7, 4)
+    last[:, 2] = 0
+    last[:, 3] = last[:, 0]
+    chain = Factors("svd", (4,), (Stage(normal(4, 5, 1, 1)), Stage(last.reshape(7, 4, 1, 1))), normal(7))
+    own = interpolated(chain)
+    np.testing.assert_allclose(own.product(), chain.product(), atol=1e-5)
+    assert np.abs(own.stages[1].weight).max() < 10
+    nothing = replace(chain, stages=(chain.stages[0], Stage(np.zeros((7, 4, 1, 1), np.float32))))
+    np.testing.assert_array_equal(interpolated(nothing).product(), np.zeros((7, 5, 1, 1)))
+
+
 def test_balancing_keeps_the_product_and_evens_the_norms() -> None:
     stages = (
         Stage(normal(3, 4, 1, 1) * np.float32(100)),
@@ -242,7 +272,8 @@ def test_balancing_keeps_the_product_and_evens_the_norms() -> None:
 def test_a_skeleton_has_the_shapes_of_the_chain(form: Form, shape: tuple[int, ...]) -> None:
     weight, bias, _, moments = layer(shape)
     ranks = tuple(2 for _ in full(form, shape))
-    stages = decompose(form, weight, bias, moments).factors(ranks).stages
+    own = decompose(form, weight, bias, moments).factors(ranks)
+    stages = [stage for stage, _ in parts_of(own)] if own.direct else own.stages
     bones = skeleton(form, shape, ranks)
     assert [(s.weight.shape, s.groups) for s in bones] == [(s.weight.shape, s.groups) for s in stages]
 
@@ -259,10 +290,10 @@ def test_the_limit_of_a_decomposition_is_the_full_rank(form: Form, shape: tuple[
 
 def test_the_table_has_every_form_and_every_kernel_its_forms() -> None:
     assert tuple(METHODS) == FORMS
-    assert applicable((4, 3, 1, 1)) == ("svd",)
-    assert applicable((4, 3, 1, 1, 1)) == ("svd",)
-    assert applicable((4, 3, 5, 5, 5)) == applicable((4, 3, 1, 5, 1)) == ("channel", "input", "tucker2")
-    assert applicable((4, 3, 5, 1)) == ("channel", "input", "tucker2", "cp")
+    assert applicable((4, 3, 1, 1)) == applicable((4, 3, 1, 1, 1)) == ("svd", "interpolative")
+    whole = ("channel", "interpolative", "input", "tucker2")
+    assert applicable((4, 3, 5, 5, 5)) == applicable((4, 3, 1, 5, 1)) == whole
+    assert applicable((4, 3, 5, 1)) == (*whole, "cp")
     assert set(applicable((4, 3, 3, 3))) == set(FORMS) - {"svd"}
     weight, bias, _, moments = layer(KERNELS["square"])
     assert tuple(decompose_all(weight, bias, moments)) == applicable(weight.shape)

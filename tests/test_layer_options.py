@@ -85,7 +85,7 @@ def test_options_cost_what_their_chains_do_and_lose_what_their_outputs_do(
         assert option.choice is not None
         factors = found.factors(option.choice)
         assert (factors.form, factors.ranks) == (option.choice.form, option.choice.ranks)
-        macs = chain_macs(factors.stages, own.geometry, own.input_size)
+        macs = chain_macs(factors.written, own.geometry, own.input_size)
         assert option.cost == (macs if unit else weights * factors.params)
         assert option.loss == pytest.approx(output_error(own, factors), rel=0.02, abs=1e-4)
 

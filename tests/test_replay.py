@@ -6,11 +6,13 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from onnxneutrino.cli import main
 from onnxneutrino.errors import OutputError
+from onnxneutrino.finetune import Trainer
 from onnxneutrino.replay import check_repeated
 from onnxneutrino.report import Report
 
@@ -52,6 +54,26 @@ def test_the_same_bytes_come_out(folder: Path) -> None:
     again = json.loads(Path("again.report.json").read_text())
     for key in ("clock", "candidates", "settings", "training", "sha256", "drop"):
         assert again[key] == report[key], key
+
+
+def test_a_run_whose_memory_was_short_is_repeated_where_it_is_not(folder: Path) -> None:
+    """What does not fit is trained with half the batch; the repetition begins with the batch that did fit."""
+    whole, most = Trainer._run, 20
+
+    def short(self: Trainer, *given: Any) -> float:
+        if self.batch > most:
+            raise RuntimeError("[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer of size 64")
+        return whole(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_run", short)
+        assert run("small.onnx", "--time-limit", "10", "--delta", "2", "--threads", "2") == 0
+    report = json.loads(Path("small.report.json").read_text())
+    assert {own["batch"] for own in report["training"]} == {16}
+    lack = "there is not enough memory for a training step of {} examples; {} from now on"
+    assert report["warnings"][:2] == [lack.format(64, 32), lack.format(32, 16)]
+    assert run("again.onnx", "--replay", "small.report.json") == 0
+    assert Path("again.onnx").read_bytes() == Path("small.onnx").read_bytes()
 
 
 @pytest.mark.parametrize(

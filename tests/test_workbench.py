@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def test_an_empty_network_is_the_model_itself(task: Task) -> None:
 
 
 @pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("form", ["channel", "input", "spatial_hv", "spatial_vh", "tucker2"])
+@pytest.mark.parametrize("form", ["channel", "interpolative", "input", "spatial_hv", "spatial_vh", "tucker2"])
 def test_full_rank_equals_the_original(bench: Workbench, form: Form, batched: bool) -> None:
     task = bench.task
     factors = {
@@ -402,6 +403,25 @@ def test_a_training_that_fails_once_is_tried_at_half_the_rate(
     assert rates == [1e-3, 5e-4, 5e-4]  # what follows begins with what went well
     assert [entry.name for entry in own.tuner.fine_tunes] == ["first", "second"]
     assert own.tuner.warnings[0].startswith("first: the training loss became nan; tried again at half")
+
+
+def test_without_memory_for_one_example_nothing_is_trained(
+    task: Task, candidate: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: Any) -> float:
+        raise RuntimeError("std::bad_alloc")
+
+    own = Workbench(task, 60.0, images=64)
+    monkeypatch.setattr(finetune.Trainer, "_run", short)
+    assert own.tuner.step_seconds(candidate.network) == np.inf
+    assert own.trained(candidate, 0.5, "first") is None
+    batches = [task.batch >> halvings for halvings in range(task.batch.bit_length())]
+    assert batches[-1] == own.tuner.task.batch == 1
+    lack = "there is not enough memory for a training step of"
+    assert own.tuner.warnings == [
+        *(f"{lack} {a} examples; {b} from now on" for a, b in itertools.pairwise(batches)),
+        f"first: {lack} one example; the candidate is dropped",
+    ]
 
 
 def test_a_training_that_makes_it_worse_is_taken_back(
