@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, helper
 
 from onnxneutrino.errors import ModelError
 from onnxneutrino.factor_interpolative import parts_of, with_parts
@@ -46,12 +46,9 @@ def factorize(model: ModelProto, layers: Sequence[Layer], factors: Mapping[str, 
     """
     chosen = [layer for layer in layers if layer.name in factors]
     owners = {name: use for layer in chosen for use in layer.uses for name in use.nodes}
-    chains = {
-        use.nodes[0]: _chain(use, factors[layer.name], _written(layer, factors[layer.name]))
-        for layer in chosen
-        for use in layer.uses
-    }
+    chains = {use.nodes[0]: _chain(use, factors[layer.name], layer) for layer in chosen for use in layer.uses}
     weights = {name: value for layer in chosen for name, value in stage_arrays(layer, factors[layer.name]).items()}
+    weights.update({_order(layer): _places(factors[layer.name]) for layer in chosen if factors[layer.name].direct})
     _check_names(model, owners, chains, weights)
     nodes: list[NodeProto] = []
     removed: list[NodeProto] = []
@@ -166,8 +163,9 @@ def _as_stored(layer: Layer, written: _Written) -> NDArray[Any]:
     return weight.reshape(weight.shape[:3]) if layer.kind == "conv1d" else weight
 
 
-def _chain(layer: Layer, factors: Factors, stages: Sequence[_Written]) -> list[NodeProto]:
-    """The nodes of the chain on the initializers of `stages`, in the order in which they run."""
+def _chain(layer: Layer, factors: Factors, owner: Layer) -> list[NodeProto]:
+    """The nodes of the chain on the initializers of `owner`, in the order in which they run."""
+    stages = _written(owner, factors)
     geometries = stage_geometries([written.stage for written in stages], layer.geometry)
     nodes: list[NodeProto] = []
     names = _written(layer, factors)
@@ -175,9 +173,8 @@ def _chain(layer: Layer, factors: Factors, stages: Sequence[_Written]) -> list[N
     for written, own, geometry in zip(stages, names, geometries, strict=True):
         nodes.extend(_stage_nodes(layer, written, own, given, geometry))
         given = own.output
-    prefix = f"{layer.name}/{factors.form}"
     if factors.direct:
-        nodes.extend(_ordered(layer, factors, [own.output for own in names], prefix))
+        nodes.extend(_ordered(layer, [own.output for own in names], _order(owner)))
         given = nodes[-1].output[0]
     if layer.kind == "map":
         nodes.append(helper.make_node("Flatten", [given], [layer.output], f"{names[-1].name}/flatten", axis=1))
@@ -204,16 +201,23 @@ def _stage_nodes(layer: Layer, written: _Written, own: _Written, given: str, geo
     return [helper.make_node("Conv", inputs, [own.output], own.name, **attributes)]
 
 
-def _ordered(layer: Layer, factors: Factors, parts: Sequence[str], prefix: str) -> list[NodeProto]:
+def _ordered(layer: Layer, parts: Sequence[str], order: str) -> list[NodeProto]:
     """Nodes that put inner channels and the others in the order of the layer's outputs."""
     axis = -1 if layer.kind == "matmul" else 1
-    places = np.argsort([*factors.direct, *factors.others])
-    joined, order, target = (f"{prefix}.{part}" for part in ("all", "order", "output"))
+    joined, target = f"{layer.name}/interpolative.all", f"{layer.name}/interpolative.output"
     return [
         helper.make_node("Concat", parts, [joined], joined, axis=axis),
-        helper.make_node("Constant", [], [order], order, value=numpy_helper.from_array(places.astype(np.int64))),
         helper.make_node("Gather", [joined, order], [target], target, axis=axis),
     ]
+
+
+def _order(layer: Layer) -> str:
+    return f"{layer.name}/interpolative.order"
+
+
+def _places(factors: Factors) -> NDArray[np.int64]:
+    """Where each output stands behind the inner channels and the others."""
+    return np.argsort([*factors.direct, *factors.others]).astype(np.int64)
 
 
 def _conv_attributes(geometry: Geometry, groups: int, one_axis: bool) -> dict[str, Any]:

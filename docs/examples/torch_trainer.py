@@ -39,6 +39,8 @@ OPERATORS: dict[str, Any] = {
     "MatMul": lambda own, a, b: a @ b,
     "Add": lambda own, a, b: a + b,
     "Relu": lambda own, x: torch.relu(x),
+    "Concat": lambda own, *parts: torch.cat(parts, own["axis"]),
+    "Gather": lambda own, x, places: x.index_select(own.get("axis", 0), places),
     "Flatten": lambda own, x: x.flatten(own.get("axis", 1)),
     "Reshape": lambda own, x, shape: x.reshape([x.shape[i] if n == 0 else n for i, n in enumerate(shape.tolist())]),
     "Transpose": lambda own, x: x.permute(own["perm"]),
