@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ IMAGENET_TRAIN = 600
 CAFFE_MEANS = (104.0, 117.0, 123.0)  # of blue, green, red
 GREY = 114
 YOLOX_SIZE, YOLOX_STRIDES = 416, (8, 16, 32)
+VARIED, SCALES, LIGHTS = 7, (0.6, 1.5), (0.8, 1.2)
 LEAST_SCORE, MOST_OVERLAP, MOST_BOXES = 0.001, 0.65, 1000
 
 Prepare = Callable[[NDArray[np.uint8]], NDArray[Any]]
@@ -44,26 +46,57 @@ class Images:
         """Give `({input: images}, targets)`."""
         for start in range(self.chosen.start, self.chosen.stop, BATCH):
             numbers = range(start, min(start + BATCH, self.chosen.stop))
-            images = [self.prepare(self._decoded(number)) for number in numbers]
+            images = [self.prepare(self.decoded(number)) for number in numbers]
             targets = None if self.targets is None else self.targets[numbers.start : numbers.stop]
             yield {self.name: np.stack(images)}, targets
 
-    def _decoded(self, number: int) -> NDArray[np.uint8]:
+    def decoded(self, number: int) -> NDArray[np.uint8]:
+        """One image, H×W×3, red first."""
         content = self.data[self.offsets[number] : self.offsets[number + 1]].tobytes()
         return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
 @dataclass(frozen=True, eq=False)
-class Mirrored:
-    """Batches of images N×C×H×W, then all of them again, left and right exchanged."""
+class Mosaics:
+    """Batches of images N×C×H×W as they are, then of `VARIED` times as many that are made of them, always the same.
+
+    Half of these are one image, the others four that meet at a random point (Bochkovskiy et al., YOLOv4, arXiv
+    2004.10934), each at a random size, mirrored or not, lighter or darker, and cut where it does not fit.
+    """
 
     images: Images
 
     def __iter__(self) -> Iterator[tuple[dict[str, NDArray[Any]], None]]:
         """Give `({input: images}, None)`."""
-        for turn in (1, -1):
-            for inputs, _ in self.images:
-                yield {name: array[..., ::turn] for name, array in inputs.items()}, None
+        for inputs, _ in self.images:
+            yield inputs, None
+        drawn = np.random.default_rng(0)
+        for _ in range(VARIED * len(self.images.chosen) // BATCH):
+            made = [self.images.prepare(self._made(drawn)) for _ in range(BATCH)]
+            yield {self.images.name: np.stack(made)}, None
+
+    def _made(self, drawn: np.random.Generator) -> NDArray[np.uint8]:
+        square = np.full((YOLOX_SIZE, YOLOX_SIZE, 3), GREY, np.uint8)
+        row, column = (
+            drawn.integers(YOLOX_SIZE // 4, 3 * YOLOX_SIZE // 4, 2) if drawn.random() < 0.5 else (YOLOX_SIZE,) * 2
+        )
+        for rows, columns in itertools.product((slice(row), slice(row, None)), (slice(column), slice(column, None))):
+            place = square[rows, columns]
+            if place.size:
+                image = self._varied(drawn)
+                over = np.maximum(np.subtract(image.shape[:2], place.shape[:2]), 0)
+                top, left = drawn.integers(0, over + 1)
+                part = image[top : top + place.shape[0], left : left + place.shape[1]]
+                place[: part.shape[0], : part.shape[1]] = part
+        return square
+
+    def _varied(self, drawn: np.random.Generator) -> NDArray[np.uint8]:
+        image = Image.fromarray(self.images.decoded(int(drawn.choice(self.images.chosen))))
+        scale, light = np.exp(drawn.uniform(*np.log(SCALES))), drawn.uniform(*LIGHTS)
+        image = image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.BILINEAR)
+        turned = np.asarray(image, np.float32)[:, :: 1 if drawn.random() < 0.5 else -1]
+        found: NDArray[np.uint8] = np.clip(turned * light, 0, 255).astype(np.uint8)
+        return found
 
 
 def _stored(name: str) -> dict[str, NDArray[Any]]:
@@ -116,15 +149,15 @@ def visual_wake_words() -> dict[str, Images]:
 def yolox() -> dict[str, Any]:
     """COCO images in a grey square of 416, blue first, 0 to 255, NCHW; boxes for the test images alone.
 
-    The training images come twice, the second time mirrored: there are few, and without labels a network learns from
-    any image.
+    The training images come once as they are, then changed: there are few, and without labels a network learns from any
+    image.
     """
     own = _coco("images", _squared, None)
     stored = _stored("coco256_416.npz")
     boxes = _boxes(stored["val_boxes"], stored["val_sizes"])
     train, test = own["train"], own["test"]
     return {
-        "train": Mirrored(train),
+        "train": Mosaics(train),
         "test": dataclasses.replace(test, targets=boxes),
         "detections": yolox_detections,
     }
