@@ -37,6 +37,7 @@ from quality_run import row_of, tell
 
 from onnxneutrino import delivery, range_test
 from onnxneutrino.config import load_config
+from onnxneutrino.forms import decompose_all
 from onnxneutrino.sensitivity import Curve
 from onnxneutrino.teaching import Memory
 
@@ -60,6 +61,10 @@ def _one_form(shape: tuple[int, ...]) -> tuple[str, ...]:
     return ("svd",) if max(shape[2:]) == 1 else ("channel",)
 
 
+def _without_interpolative(*given: Any) -> dict[str, Any]:
+    return {form: fit for form, fit in decompose_all(*given).items() if form != "interpolative"}
+
+
 def _no_curves(task: Any, layers: Mapping[str, Any], *given: Any) -> dict[str, Curve]:
     return dict.fromkeys(layers, Curve())
 
@@ -73,6 +78,7 @@ VARIANTS: Mapping[str, Variant] = {
     "full": Variant("everything"),
     "stage1": Variant("stage 1 alone", options={"stage": 1}),
     "channel": Variant("one form, `channel`", {"forms.applicable": _one_form}),
+    "interpolative": Variant("no form `interpolative`", {"layer_options.decompose_all": _without_interpolative}),
     "refit": Variant("no refit", {"workbench.Workbench._refitted": lambda own, network, name: network}),
     "curvature": Variant("no K-FAC weighting", {"workbench.output_weightings": lambda task, teacher, seconds: {}}),
     "sensitivity": Variant(
