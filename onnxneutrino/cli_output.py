@@ -6,8 +6,10 @@ What takes long to import is imported inside the functions, as in `cli.py`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,8 +106,13 @@ def run(work: Callable[[], None], json_file: str | None, debug: bool) -> None:
     except OSError as error:  # of the system: a full disk under TMPDIR, a name that is too long, too many open files
         if debug:
             raise
-        where = f"{error.filename}: " if error.filename is not None else ""
-        click.echo(f"onnxneutrino: {one_line(where + (error.strerror or str(error)))}", err=True)
+        place = error.filename
+        if place is None and error.errno == errno.ENOSPC:
+            place = f"{tempfile.gettempdir()}, or where the output goes"
+        where = f"{place}: " if place is not None else ""
+        how = interrupts.left()
+        onward = f"; {how}" if how else ""
+        click.echo(f"onnxneutrino: {one_line(where + (error.strerror or str(error)))}{onward}", err=True)
         sys.exit(1)
     except Exception as error:
         if debug:

@@ -8,6 +8,7 @@ initializer name.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import math
 import os
@@ -142,6 +143,7 @@ class Trainer:
             )
         except Exception as error:
             self._folder.cleanup()
+            _check_disk(error)
             text = str(error).strip().splitlines() or [type(error).__name__]
             raise TrainingError(f"ONNX Runtime training refuses the model: {text[0]}") from error
 
@@ -191,7 +193,11 @@ class Trainer:
     def state(self) -> NDArray[np.uint8]:
         """All that the next step follows from, AdamW's moments and number of steps included, bit for bit."""
         path = Path(self._folder.name, "state")
-        self._state.save_checkpoint(self._state, str(path), include_optimizer_state=True)
+        try:
+            self._state.save_checkpoint(self._state, str(path), include_optimizer_state=True)
+        except RuntimeError as error:
+            _check_disk(error)
+            raise
         return np.frombuffer(path.read_bytes(), np.uint8)
 
     def _run(self, example: Example, given: Mapping[str, NDArray[Any]]) -> float:
@@ -210,6 +216,13 @@ class Trainer:
         if norm > MAX_GRADIENT_NORM:
             for own in self._gradients:
                 own *= np.float32(MAX_GRADIENT_NORM / norm)
+
+
+def _check_disk(error: Exception) -> None:
+    """Raise OSError, which names the place, where the runtime had no space for a file: no fault of the model."""
+    full = os.strerror(errno.ENOSPC)
+    if full in str(error):
+        raise OSError(errno.ENOSPC, full, tempfile.gettempdir()) from error
 
 
 def _dtype(value: onnx.ValueInfoProto) -> np.dtype[Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -499,3 +501,18 @@ with Trainer(model, ["v", "w"], Loss("values", ("y",)), 1) as trainer:
 def test_a_step_that_does_not_fit_in_memory_says_so() -> None:
     own = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120, check=False)
     assert own.stdout == "for a training step of 512\n", own.stderr
+
+
+def test_a_full_disk_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("checkpoint.cc:231 Failed to save checkpoint. error:No space left on device errno:28")
+
+    model = filled(NETS["small"])
+    with Trainer(training_copy(model, BATCH), weights_of(model), VALUES, 1) as trainer, monkeypatch.context() as patch:
+        patch.setattr(trainer, "_state", SimpleNamespace(save_checkpoint=lambda *given, **options: full()))
+        with pytest.raises(OSError, match="No space left on device") as state:
+            trainer.state()
+    monkeypatch.setattr(finetune, "_artifacts", full)
+    with pytest.raises(OSError, match="No space left on device") as made:
+        Trainer(training_copy(model, BATCH), weights_of(model), VALUES, 1)
+    assert state.value.filename == made.value.filename == tempfile.gettempdir()
