@@ -49,7 +49,7 @@ def fitting(
     """
     mark = len(clock.current().readings)
     while True:
-        batch = int(clock.noted(batch))
+        batch = int(clock.noted(float(batch)))
         try:
             return made(batch), batch
         except MemoryError:

@@ -159,6 +159,8 @@ class Tuner:
         """Make something with batches that memory has room for, smaller ones from then on; see `memory.fitting`."""
 
         def of(batch: int) -> Made:
+            if batch != self.task.batch:
+                self._memory = Memory()  # of answers to batches of one size
             self.task = dataclasses.replace(self.task, batch=batch)
             return made()
 

@@ -161,7 +161,7 @@ def test_the_command_compresses_a_3d_network(trainer: str, tmp_path: Path) -> No
     source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
     model = network()
     onnx.save(model, source)
-    options = ["--data", "random", "--metric", "agreement", "--delta", "15", "--threads", "1"]
+    options = ["--data", "random", "--metric", "agreement", "--delta", "8", "--threads", "1"]
     options += ["--time-limit", "12s", "--trainer", trainer]
     done = CliRunner().invoke(main, ["compress", str(source), str(target), *options])
     assert done.exit_code == 0, done.output

@@ -69,7 +69,7 @@ def test_a_run_whose_memory_was_short_is_repeated_where_it_is_not(folder: Path) 
         patch.setattr(Trainer, "_run", short)
         assert run("small.onnx", "--time-limit", "10", "--delta", "2", "--threads", "2") == 0
     report = json.loads(Path("small.report.json").read_text())
-    assert {own["batch"] for own in report["training"]} == {16}
+    assert {own["batch_size"] for own in report["training"]} == {16}
     lack = "there is not enough memory for a training step of {} examples; {} from now on"
     assert report["warnings"][:2] == [lack.format(64, 32), lack.format(32, 16)]
     assert run("again.onnx", "--replay", "small.report.json") == 0
