@@ -172,6 +172,6 @@ def test_the_command_compresses_a_3d_network(trainer: str, tmp_path: Path) -> No
     written = onnx.load(target)
     assert cost.params(written) < cost.params(model) / 3
     assert set(arrays(written)).isdisjoint({"w2"})
-    x = random(5, 2, 6, 8, 8, seed=11)
+    x = random(500, 2, 6, 8, 8, seed=11)  # a few alone may lie far off
     wanted, got = Runner(model)({"x": x})[0], Runner(target)({"x": x})[0]
     assert np.linalg.norm(got - wanted) < 0.3 * np.linalg.norm(wanted)
