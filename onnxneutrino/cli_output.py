@@ -77,6 +77,12 @@ def one_line(error: object) -> str:
     return shown if len(shown) <= LONGEST_LINE else f"{shown[:LONGEST_LINE]} ..."
 
 
+def _onward() -> str:
+    """How to go on after an error, where there is something to go on from."""
+    how = interrupts.left()
+    return f"; {how}" if how else ""
+
+
 def run(work: Callable[[], None], json_file: str | None, debug: bool) -> None:
     """Do the work; an error becomes one line and its exit code, a traceback only with --debug."""
     try:
@@ -88,8 +94,7 @@ def run(work: Callable[[], None], json_file: str | None, debug: bool) -> None:
     except NeutrinoError as error:
         if debug:
             raise
-        how = interrupts.left()
-        onward = f"; {how}" if how and not isinstance(error, UsageError) else ""
+        onward = "" if isinstance(error, UsageError) else _onward()
         click.echo(f"onnxneutrino: {one_line(error)}{onward}", err=True)
         sys.exit(error.exit_code)
     except MemoryError as error:
@@ -110,9 +115,7 @@ def run(work: Callable[[], None], json_file: str | None, debug: bool) -> None:
         if place is None and error.errno == errno.ENOSPC:
             place = f"{tempfile.gettempdir()}, or where the output goes"
         where = f"{place}: " if place is not None else ""
-        how = interrupts.left()
-        onward = f"; {how}" if how else ""
-        click.echo(f"onnxneutrino: {one_line(where + (error.strerror or str(error)))}{onward}", err=True)
+        click.echo(f"onnxneutrino: {one_line(where + (error.strerror or str(error)))}{_onward()}", err=True)
         sys.exit(1)
     except Exception as error:
         if debug:

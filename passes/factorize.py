@@ -121,7 +121,7 @@ def read_factors(layer: Layer, factors: Factors, arrays: Mapping[str, NDArray[An
 def last_stage(layer: Layer, factors: Factors) -> tuple[str, str]:
     """Names of the tensor that feeds the chain's last stage and of the layer's output, in one of its places."""
     before = len(factors.stages) - 2
-    return (_written(layer, factors)[before].output if before >= 0 else layer.input), layer.output
+    return (_output(_stage(layer, factors, before)) if before >= 0 else layer.input), layer.output
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,15 @@ class _Written:
 
     @property
     def output(self) -> str:
-        return f"{self.name}/output"
+        return _output(self.name)
+
+
+def _stage(layer: Layer, factors: Factors, index: int) -> str:
+    return f"{layer.name}/{factors.form}.{index}"
+
+
+def _output(stage: str) -> str:
+    return f"{stage}/output"
 
 
 def _written(layer: Layer, factors: Factors) -> list[_Written]:
@@ -148,7 +156,7 @@ def _written(layer: Layer, factors: Factors) -> list[_Written]:
         if factors.direct
         else [(stage, factors.bias if index == last else None) for index, stage in enumerate(factors.stages)]
     )
-    return [_Written(f"{layer.name}/{factors.form}.{index}", *part) for index, part in enumerate(parts)]
+    return [_Written(_stage(layer, factors, index), *part) for index, part in enumerate(parts)]
 
 
 def _is_matmul(layer: Layer, stage: _Written) -> bool:
@@ -168,7 +176,7 @@ def _chain(layer: Layer, factors: Factors, owner: Layer) -> list[NodeProto]:
     stages = _written(owner, factors)
     geometries = stage_geometries([written.stage for written in stages], layer.geometry)
     nodes: list[NodeProto] = []
-    names = _written(layer, factors)
+    names = [replace(written, name=_stage(layer, factors, index)) for index, written in enumerate(stages)]
     given = layer.input
     for written, own, geometry in zip(stages, names, geometries, strict=True):
         nodes.extend(_stage_nodes(layer, written, own, given, geometry))

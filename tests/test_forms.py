@@ -272,8 +272,7 @@ def test_balancing_keeps_the_product_and_evens_the_norms() -> None:
 def test_a_skeleton_has_the_shapes_of_the_chain(form: Form, shape: tuple[int, ...]) -> None:
     weight, bias, _, moments = layer(shape)
     ranks = tuple(2 for _ in full(form, shape))
-    own = decompose(form, weight, bias, moments).factors(ranks)
-    stages = [stage for stage, _ in parts_of(own)] if own.direct else own.stages
+    stages = decompose(form, weight, bias, moments).factors(ranks).written
     bones = skeleton(form, shape, ranks)
     assert [(s.weight.shape, s.groups) for s in bones] == [(s.weight.shape, s.groups) for s in stages]
 
