@@ -112,8 +112,7 @@ class RunJournal(Journal):
         finally:
             self._within, self._count = outer
         if self._write(key, name, plain, arrays):
-            for path in self.folder.glob(f"{key}.*.npz"):
-                path.unlink()
+            self._delete_within(f"{key}.")
         return cast(Value, unpacked(plain, arrays))
 
     def keep(self, name: str, value: Callable[[], Any]) -> None:
@@ -135,8 +134,7 @@ class RunJournal(Journal):
 
     def forget(self) -> None:
         """Delete the records within the step that is being made."""
-        for path in self.folder.glob(f"{self._within}*.npz"):
-            path.unlink()
+        self._delete_within(self._within)
         self._heads = {key: head for key, head in self._heads.items() if not key.startswith(self._within)}
         self._count = 0
 
@@ -178,6 +176,10 @@ class RunJournal(Journal):
 
         self._try(write)
         return not self.warnings
+
+    def _delete_within(self, within: str) -> None:
+        for path in self.folder.glob(f"{within}*.npz"):
+            path.unlink()
 
     def _try(self, write: Callable[[], None]) -> None:
         """Write, and count the time; a run whose journal cannot be written goes on without."""
