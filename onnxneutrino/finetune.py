@@ -34,7 +34,7 @@ from onnxneutrino.graph import RUNTIME_IR, element_dtype
 from onnxneutrino.losses import Loss, loss_inputs, teacher_loss, with_loss
 from onnxneutrino.memory import needed_for
 from onnxneutrino.runtime import session_options
-from onnxneutrino.schedules import Schedule, averaged
+from onnxneutrino.schedules import Schedule, averaged, peak
 
 Arrays = dict[str, NDArray[Any]]
 MINIMUM_OPSET = 13
@@ -331,6 +331,7 @@ def fine_tune(
     seconds: float,
     learning_rate: float,
     shape: str = "cosine",
+    long_run: int = 0,
     weight_average: float = 0.0,
     steps: int | None = None,
     report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
@@ -347,6 +348,7 @@ def fine_tune(
         seconds: wall time to spend, data and teacher included.
         learning_rate: its peak.
         shape: of the schedule, see `Schedule`.
+        long_run: steps that `learning_rate` is meant for; fewer take a lower peak, see `peak`.
         weight_average: decay of the moving average of the arrays, which is looked at and returned; 0 for none.
         steps: number of steps, when it is known already; nothing is timed then.
         report: called with step, steps and loss about once a second.
@@ -363,7 +365,7 @@ def fine_tune(
         pace = step_seconds(trainer, examples)
         begun = clock.now()
         steps = max(1, int((seconds - (begun - start)) / pace))
-    schedule = Schedule(steps, trainer.batch, learning_rate, shape)
+    schedule = Schedule(steps, trainer.batch, peak(learning_rate, steps, long_run), shape)
     average = trainer.arrays() if weight_average else {}
     between_readings, between_looks = max(1, steps // READINGS), max(1, steps // REFRESHES)
     losses: list[float] = []

@@ -44,6 +44,14 @@ class Schedule:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
 
 
+def peak(rate: float, steps: int, long_run: int) -> float:
+    """The largest learning rate of `steps` steps where `rate` is that of `long_run`: `rate · sqrt(steps / long_run)`.
+
+    Adam steps by its rate whatever the size of the gradient, and many steps are needed to mend what large ones break.
+    """
+    return rate * math.sqrt(steps / long_run) if steps < long_run else rate
+
+
 def averaged(
     average: Mapping[str, NDArray[Any]], arrays: Mapping[str, NDArray[Any]], decay: float, step: int
 ) -> dict[str, NDArray[Any]]:

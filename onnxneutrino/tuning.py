@@ -214,6 +214,7 @@ class Tuner:
                         seconds=left,
                         learning_rate=rate,
                         shape=task.recipe.schedule,
+                        long_run=range_test.LONG_RUN if task.recipe.learning_rate is None else 0,
                         weight_average=task.recipe.weight_average,
                         report=lambda step, steps, loss: self._watch(looks.status(name, step, steps, loss)),
                         refresh=kept.refresh if loss.fed else None,

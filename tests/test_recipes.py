@@ -14,7 +14,7 @@ from onnx.parser import parse_model
 
 from onnxneutrino.finetune import MAX_GRADIENT_NORM, Arrays, Example, Trainer, fine_tune
 from onnxneutrino.losses import Loss
-from onnxneutrino.schedules import Schedule, averaged
+from onnxneutrino.schedules import Schedule, averaged, peak
 
 LOSS = Loss("values", ("y",))
 NAMES = ["w1", "b1", "w2"]
@@ -118,6 +118,16 @@ def test_what_is_looked_at_and_returned_is_the_average_of_the_weights_that_train
     assert plain.losses == trained.losses
     for name in NAMES:
         np.testing.assert_array_equal(plain.arrays[name], own.seen[-1][name])
+
+
+def test_a_short_fine_tune_peaks_at_a_lower_rate() -> None:
+    assert [peak(0.01, steps, 1600) for steps in (1, 100, 400, 1600, 6400)] == pytest.approx(
+        [0.00025, 0.0025, 0.005, 0.01, 0.01]
+    )
+    with Trainer(network(), NAMES, LOSS, 1) as trainer:
+        trained = fine_tune(trainer, examples(), seconds=0, learning_rate=0.01, long_run=400, steps=4)
+        assert trained.schedule == Schedule(4, 4, peak(0.01, 4, 400))
+        assert fine_tune(trainer, examples(), seconds=0, learning_rate=0.01, steps=4).schedule.learning_rate == 0.01
 
 
 @pytest.mark.parametrize("shape", ["cosine", "step", "constant"])
