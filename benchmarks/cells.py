@@ -148,8 +148,5 @@ def machine(threads: int) -> dict[str, Any]:
 
 def versions_line(rows: Sequence[Mapping[str, Any]]) -> str:
     """All versions that any cell ran with."""
-    found = {
-        f"{name} {version}" for row in rows for name, version in row.get("versions", {}).items() if name != "python"
-    }
-    found |= {f"Python {row['machine']['python']}" for row in rows if "machine" in row}
+    found = {f"{name} {version}" for row in rows for name, version in row.get("versions", {}).items()}
     return ", ".join(sorted(found, key=str.lower))

@@ -34,7 +34,7 @@ from onnxneutrino.graph import load, save
 from onnxneutrino.phases import Phases
 from onnxneutrino.report import Report
 from onnxneutrino.runtime import Runner
-from onnxneutrino.summary import interval, measured_latencies, versions
+from onnxneutrino.summary import interval, measured_latencies, trainings, versions
 from onnxneutrino.task import Network, Task, build
 from onnxneutrino.tuning import Tuner
 
@@ -176,7 +176,7 @@ def reference(model: Path, target: Path, config: Config) -> dict[str, Any]:
         "versions": {**versions(), **other_versions()},
         "report": {
             "warnings": [*warnings, *tuner.warnings],
-            "training": [dataclasses.asdict(own) for own in tuner.fine_tunes],
+            "training": [dataclasses.asdict(own) for own in trainings(tuner.fine_tunes, config.threads)],
         },
     }
 
