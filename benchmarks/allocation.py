@@ -32,6 +32,7 @@ from onnxneutrino.config import load_config
 from onnxneutrino.data import Split, deciding
 from onnxneutrino.graph import load
 from onnxneutrino.ladder import Ladder
+from onnxneutrino.marking import mark
 from onnxneutrino.proposals import POWERS, predicted
 from onnxneutrino.summary import versions
 from onnxneutrino.task import Task
@@ -77,7 +78,7 @@ def judged_task(model: Path, objective: str, seed: int, threads: int) -> Judged:
     opened = prepare.open_model(load(model).model, model.name, config)
     config, metric, dataset = prepare.settled(opened, config)
     judges = deciding(dataset, config.seed, config.data.path)
-    marked = conductor.mark(opened, prepare.first_examples(dataset.test, conductor.SAMPLES), config)
+    marked = mark(opened, prepare.first_examples(dataset.test, conductor.SAMPLES), config)
     batch = prepare.evaluation_batch(opened) if marked.freed else 1
     rows = prepare.evaluate(marked.batched, judges.test, metric, batch, config.threads, marked.batched)
     task = conductor.make_task(marked, config, metric, dataset, judges, rows, batch)

@@ -27,12 +27,12 @@ from onnxneutrino.allocate import Option, allocate
 from onnxneutrino.candidates import candidates, options, whole_point
 from onnxneutrino.chain_graph import random_factors
 from onnxneutrino.chain_latency import LatencyTable, measure
-from onnxneutrino.conductor import mark
 from onnxneutrino.config import load_config
 from onnxneutrino.factors import Factors
 from onnxneutrino.forms import applicable, full_ranks
 from onnxneutrino.graph import load
 from onnxneutrino.layer_options import Objective, cost_unit
+from onnxneutrino.marking import mark
 from onnxneutrino.passes.factorize import factorize
 from onnxneutrino.plan import Choice, Form, Layer
 from onnxneutrino.runtime import Runner, random_inputs

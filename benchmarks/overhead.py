@@ -34,12 +34,13 @@ from threadpoolctl import threadpool_limits
 from onnxneutrino import heap, metrics, prepare
 from onnxneutrino.allocate import allocate
 from onnxneutrino.candidates import Point, candidates, options
-from onnxneutrino.conductor import make_task, mark
+from onnxneutrino.conductor import make_task
 from onnxneutrino.config import Config, available_cores, load_config
 from onnxneutrino.data import Dataset, deciding
 from onnxneutrino.figures import whole_cost
 from onnxneutrino.graph import load, save
 from onnxneutrino.layer_options import LayerOptions, chains, cost_unit
+from onnxneutrino.marking import mark
 from onnxneutrino.plan import FORMS
 from onnxneutrino.summary import versions
 from onnxneutrino.task import Marked, Network, Task, build

@@ -31,6 +31,7 @@ from onnxneutrino.config import Config, load_config
 from onnxneutrino.data import deciding
 from onnxneutrino.events import Event
 from onnxneutrino.graph import load, save
+from onnxneutrino.marking import mark
 from onnxneutrino.phases import Phases
 from onnxneutrino.report import Report
 from onnxneutrino.runtime import Runner
@@ -134,7 +135,7 @@ def reference(model: Path, target: Path, config: Config) -> dict[str, Any]:
         config, metric, dataset = prepare.settled(opened, config)
         judges = deciding(dataset, config.seed, config.data.path)
         samples = prepare.first_examples(dataset.test, conductor.SAMPLES)
-        marked = conductor.mark(opened, samples, config)
+        marked = mark(opened, samples, config)
         batch = prepare.evaluation_batch(opened) if marked.freed else 1
         start = time.perf_counter()
         rows = prepare.evaluate(marked.batched, judges.test, metric, batch, config.threads, marked.batched)

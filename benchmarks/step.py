@@ -28,13 +28,14 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from threadpoolctl import threadpool_limits
 
 from onnxneutrino import finetune, metrics, prepare
-from onnxneutrino.conductor import make_task, mark, with_training
+from onnxneutrino.conductor import make_task, with_training
 from onnxneutrino.config import load_config
 from onnxneutrino.data import deciding
 from onnxneutrino.finetune import Example, Trainer
 from onnxneutrino.gradient_graph import faster_gradients
 from onnxneutrino.graph import arrays, load
 from onnxneutrino.losses import Loss, loss_inputs, rows, teacher_loss
+from onnxneutrino.marking import mark
 from onnxneutrino.runtime import Runner
 from onnxneutrino.task import Network, Task, build, trainable_names
 from onnxneutrino.teaching import Lessons, examples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from statistics import NormalDist
@@ -21,19 +21,17 @@ from onnxneutrino.chain_latency import LatencyTable, measure
 from onnxneutrino.choice import choose
 from onnxneutrino.clock import now, recording
 from onnxneutrino.config import Config
-from onnxneutrino.data import Dataset, Deciding, Inputs, deciding
+from onnxneutrino.data import Dataset, Deciding, deciding
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.external import load_external
-from onnxneutrino.figures import figures, rest_cost
+from onnxneutrino.figures import figures, rest_cost, total_cost
 from onnxneutrino.formats import format_metric
 from onnxneutrino.hooks import Hooks
 from onnxneutrino.journal import UNKEPT, Journal
 from onnxneutrino.layer_options import GOAL, Objective, Target
-from onnxneutrino.normalize import normalize
+from onnxneutrino.marking import mark, narrow
 from onnxneutrino.own_loss import OwnLoss, load_loss, prepared
-from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.phases import Phases, Tell
-from onnxneutrino.plan import Frozen, Layer
 from onnxneutrino.report import REFUSED, CandidateRow, Report, Sensitivity, TargetRow
 from onnxneutrino.runtime import Runner, runtime_conflict
 from onnxneutrino.search import search
@@ -45,6 +43,8 @@ from onnxneutrino.workbench import Workbench
 
 CALIBRATION_SHARE = 0.1
 LATENCY_SHARE = 0.03
+
+
 LARGE_DROP, LEAST_DELTA = 0.1, 0.001  # of the original's metric
 SAMPLES = 3
 VERIFICATIONS = 3
@@ -130,9 +130,10 @@ def _compress(
     value = metrics.value(metric, rows)
     prepare.check_not_chance(value, metric, opened, config)
     clock.say(f"{name}: {metric.name} {format_metric(value)} on {len(rows)} test examples")
-    objective = make_objective(marked, config, judges, clock, journal)
-    task = make_task(marked, config, metric, dataset, judges, rows, batch, objective)
-    task = dataclasses.replace(task, external=external)
+    task = make_task(marked, config, metric, dataset, judges, rows, batch)
+    narrowed = narrow(marked, samples, config, task, clock, journal)
+    objective = make_objective(narrowed, config, judges, clock, journal)
+    task = dataclasses.replace(with_objective(task, marked, narrowed, objective), external=external)
     settings = Settings(
         delta=config.largest_drop,
         z=NormalDist().inv_cdf(config.confidence),
@@ -148,7 +149,7 @@ def _compress(
     verifications = VERIFICATIONS + 2 * min(EXAMPLES / len(rows), 1)  # the last two: original and result compared
     reserve = verifications * evaluation_seconds + VERIFY_SECONDS
     found = Found()
-    if isinstance(objective, tuple) and max(figures(task, objective, {})) <= GOAL:
+    if isinstance(objective, tuple) and task.full_cost is not None and task.full_cost <= GOAL:
         clock.say(f"{name} meets all hard targets as it is")
     else:
         if settings.train:
@@ -166,6 +167,7 @@ def _compress(
     report = make_report(
         opened,
         marked,
+        narrowed,
         config,
         task,
         judges,
@@ -245,38 +247,6 @@ def _searched(task: Task, settings: Settings, reserve: float, clock: Phases, hoo
     return Found(tuple(candidates), tuple(tried), tuple(tuner.fine_tunes), least, curves, tuple(warnings))
 
 
-def mark(opened: prepare.Opened, samples: Sequence[Inputs], config: Config) -> Marked:
-    """Normalize the graph, free its batch and list its layers."""
-    model, notes = normalize(opened.model, samples, _runs(config.threads))
-    types = prepare.types_of(model, opened.shapes)
-    found = find_layers(model, types, config.exclude, config.only)
-    batched, freed = prepare.free(model, samples, config.threads)
-    return Marked(
-        opened=opened,
-        model=model,
-        batched=batched,
-        notes=tuple(notes),
-        types=types,
-        layers=tuple(layer for layer in found if isinstance(layer, Layer)),
-        frozen=tuple(layer for layer in found if isinstance(layer, Frozen)),
-        order=tuple(layer.name for layer in found),
-        freed=freed,
-    )
-
-
-def _runs(threads: int) -> Callable[[ModelProto, Inputs], list[NDArray[Any]]]:
-    """Run a graph on inputs; the session is kept until another graph comes, for building one takes longer."""
-    kept: list[tuple[ModelProto, Runner]] = []
-
-    def run(graph: ModelProto, inputs: Inputs) -> list[NDArray[Any]]:
-        if not kept or kept[0][0] is not graph:
-            kept.clear()
-            kept.append((graph, Runner(graph, threads=threads)))
-        return kept[0][1](inputs)
-
-    return run
-
-
 def make_task(
     marked: Marked,
     config: Config,
@@ -293,10 +263,6 @@ def make_task(
     else:
         original_rows = prepare.evaluate(marked.batched, judges.select, metric, batch, config.threads, marked.batched)
     objective = config.objective if objective is None else objective
-    if isinstance(objective, tuple):
-        rest = sum(target.rest / target.limit for target in objective)
-    else:
-        rest = rest_cost(marked, objective)
     return Task(
         model=marked.model,
         batched=marked.batched,
@@ -311,7 +277,7 @@ def make_task(
         original_rows=original_rows,
         delta=config.largest_drop,
         objective=objective,
-        rest=rest,
+        rest=_rest(marked, objective),
         batch=min(prepare.training_batch(marked.model, marked.types), len(dataset.train)) if marked.freed else 1,
         evaluation_batch=batch,
         threads=config.threads,
@@ -319,6 +285,31 @@ def make_task(
         labels=config.labels,
         recipe=config.train,
     )
+
+
+def with_objective(task: Task, marked: Marked, narrowed: Marked, objective: Objective) -> Task:
+    """The task that makes the narrowed graph small, while the original teaches and is what costs are compared with."""
+    whole = dataclasses.replace(task, objective=objective, rest=_rest(narrowed, objective))
+    if isinstance(objective, tuple):
+        full = float(max(figures(whole, objective, {})))
+    else:
+        full = total_cost(marked.model, marked.types, objective)
+    return dataclasses.replace(
+        whole,
+        model=narrowed.model,
+        batched=narrowed.batched,
+        types=narrowed.types,
+        layers=narrowed.layers,
+        trainable=tuple(trainable_initializers(narrowed)),
+        teacher=None if narrowed is marked else marked.batched,
+        full_cost=full,
+    )
+
+
+def _rest(marked: Marked, objective: Objective) -> float:
+    if isinstance(objective, tuple):
+        return float(sum(target.rest / target.limit for target in objective))
+    return rest_cost(marked, objective)
 
 
 def make_objective(

@@ -12,7 +12,6 @@ import numpy as np
 from onnxneutrino import cost, metrics, prepare
 from onnxneutrino.agreement import compared
 from onnxneutrino.calibrate import calibrate, images_needed
-from onnxneutrino.conductor import mark
 from onnxneutrino.config import Config
 from onnxneutrino.console import AnalyzedLayer
 from onnxneutrino.cost import NodeCost
@@ -21,6 +20,7 @@ from onnxneutrino.errors import ModelError
 from onnxneutrino.forms import applicable
 from onnxneutrino.graph import element_dtype, load, real_inputs
 from onnxneutrino.layer_options import LayerOptions
+from onnxneutrino.marking import mark
 from onnxneutrino.plan import Frozen, Layer
 from onnxneutrino.report import Agreement, Interval, SixMetrics
 from onnxneutrino.runtime import Runner, latencies, random_inputs

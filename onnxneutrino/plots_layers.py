@@ -22,8 +22,10 @@ def largest(layers: Sequence[LayerRow]) -> list[LayerRow]:
 
 
 def form_and_ranks(row: LayerRow) -> str:
-    """What became of a layer in words: `tucker2 12, 20`, `frozen` or `kept`."""
+    """What became of a layer in words: `tucker2 12, 20`, `narrowed`, `frozen` or `kept`."""
     if row.form is None:
+        if row.narrowed_shape is not None:
+            return "narrowed"
         return "kept" if row.reason is None else "frozen"
     return f"{row.form} {', '.join(map(str, row.ranks))}".rstrip()
 

@@ -20,9 +20,11 @@ from onnxneutrino.allocate import Option
 from onnxneutrino.bench import Candidate
 from onnxneutrino.blocks import Block
 from onnxneutrino.chain_latency import FormTimes, LatencyTable, LayerTimes
+from onnxneutrino.channels import Channels, Slice
 from onnxneutrino.factors import Factors, Moments, Stage
 from onnxneutrino.losses import Loss
 from onnxneutrino.metrics import Drop
+from onnxneutrino.narrowing import Removal
 from onnxneutrino.plan import Choice
 from onnxneutrino.task import FineTune, Network, Tuned
 from onnxneutrino.training_plan import TrainingPlan
@@ -32,6 +34,7 @@ KINDS = {
     for kind in (
         Block,
         Candidate,
+        Channels,
         Choice,
         Drop,
         Factors,
@@ -43,6 +46,8 @@ KINDS = {
         Moments,
         Network,
         Option,
+        Removal,
+        Slice,
         Stage,
         TrainingPlan,
         Tuned,

@@ -18,13 +18,8 @@ from onnxneutrino.plan import Choice, Frozen
 
 REFUSED = "refused by "  # in the note of a candidate, before the user's function
 # The metric that each objective makes small, and each hard target bounds.
-COST_FIELDS = {
-    "params": "params",
-    "macs": "macs",
-    "size": "size_bytes",
-    "memory": "memory_bytes",
-    "latency": "latency_ms",
-}
+COST_FIELDS = {"params": "params", "macs": "macs", "size": "size_bytes"}
+COST_FIELDS |= {"memory": "memory_bytes", "latency": "latency_ms"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +94,7 @@ class LayerRow:
         macs_before: multiply-accumulates at batch 1.
         macs_after: those of the chain.
         reason: why it is frozen; None for a layer that is factorized, or could have been but was not.
+        narrowed_shape: of the weight after channels were removed; None where none of its own were.
     """
 
     name: str
@@ -111,6 +107,7 @@ class LayerRow:
     macs_before: int
     macs_after: int
     reason: str | None
+    narrowed_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -381,8 +378,7 @@ class Report:
 
 def enhancement(original: SixMetrics, compressed: SixMetrics, drop: float | None) -> Enhancement:
     """Compute `original / compressed` for each of the five costs; NaN where the divisor is zero."""
-    names = [f.name for f in dataclasses.fields(SixMetrics) if f.name != "metric"]
-    ratios = {name: ratio(getattr(original, name), getattr(compressed, name)) for name in names}
+    ratios = {name: ratio(getattr(original, name), getattr(compressed, name)) for name in COST_FIELDS.values()}
     return Enhancement(drop=drop, **ratios)
 
 

@@ -127,6 +127,7 @@ def walk_ladder(bench: Bench, settings: Settings, time_left: Callable[[], float]
         drop = candidate.drop.value if candidate.drop is not None else math.inf
         if drop > LADDER_END * max(settings.delta, settings.least_delta) or time_left() < allowed or cost <= floor:
             break
+        ratio = max(ratio, bench.full_cost / plan.cost)  # without its spare channels a network may be far below
         ratio *= LADDER_STEP if drop > EARLY * settings.delta else LADDER_STEP**2
     return ladder
 

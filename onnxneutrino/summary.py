@@ -20,7 +20,7 @@ from onnxneutrino.candidates import macs_of
 from onnxneutrino.config import Config
 from onnxneutrino.data import Deciding, Inputs
 from onnxneutrino.formats import format_metric, format_ratio
-from onnxneutrino.plan import Choice, Frozen
+from onnxneutrino.plan import Choice, Frozen, Layer
 from onnxneutrino.report import (
     REFUSED,
     CandidateRow,
@@ -118,12 +118,18 @@ def plan_of(network: Network) -> dict[str, Choice]:
     return {name: Choice(own.form, own.ranks) for name, own in network.factors.items()}
 
 
-def layer_rows(marked: Marked, network: Network) -> tuple[LayerRow, ...]:
-    """What became of every layer, in the order of the graph."""
-    macs = {node.name: node.macs for node in cost.node_costs(marked.model, marked.types)}
+def layer_rows(marked: Marked, narrowed: Marked, network: Network) -> tuple[LayerRow, ...]:
+    """What became of every layer, in the order of the graph; `narrowed` is the graph without its spare channels."""
+    costs = [cost.node_costs(own.model, own.types) for own in (marked, narrowed)]
+    counted, recounted = ({node.name: node.macs for node in own} for own in costs)
+    listed: list[Layer | Frozen] = [*marked.layers, *marked.frozen]
+    rest: list[Layer | Frozen] = [*narrowed.layers, *narrowed.frozen]
+    left = {layer.name: layer for layer in rest}
     rows = {}
-    for layer in marked.layers:
-        own = network.factors.get(layer.name)
+    for layer in listed:
+        own, now = network.factors.get(layer.name), left[layer.name]
+        before = layer.macs if isinstance(layer, Layer) else counted.get(layer.name, 0)
+        after = now.macs if isinstance(now, Layer) else recounted.get(now.name, 0)
         rows[layer.name] = LayerRow(
             layer.name,
             layer.op,
@@ -131,24 +137,11 @@ def layer_rows(marked: Marked, network: Network) -> tuple[LayerRow, ...]:
             None if own is None else own.form,
             () if own is None else own.ranks,
             layer.params,
-            layer.params if own is None else own.params,
-            layer.macs,
-            layer.macs if own is None else macs_of(layer, own.written),
-            None,
-        )
-    for still in marked.frozen:
-        own_macs = macs.get(still.name, 0)
-        rows[still.name] = LayerRow(
-            still.name,
-            still.op,
-            still.weight_shape,
-            None,
-            (),
-            still.params,
-            still.params,
-            own_macs,
-            own_macs,
-            still.reason,
+            now.params if own is None else own.params,
+            before,
+            after if own is None or isinstance(now, Frozen) else macs_of(now, own.written),
+            layer.reason if isinstance(layer, Frozen) else None,
+            None if now.weight_shape == layer.weight_shape else now.weight_shape,
         )
     return tuple(rows[name] for name in marked.order)
 
@@ -229,6 +222,7 @@ class Chosen:
 def make_report(
     opened: prepare.Opened,
     marked: Marked,
+    narrowed: Marked,
     config: Config,
     task: Task,
     judges: Deciding,
@@ -244,6 +238,7 @@ def make_report(
     Args:
         opened: the original.
         marked: normalized graph and layers.
+        narrowed: the same without the channels that were removed.
         config: what was asked for.
         task: what stood fixed.
         judges: who decided.
@@ -287,7 +282,7 @@ def make_report(
         delta=config.delta if config.limits else config.largest_drop,
         objective=config.objective,
         compressed=chosen.final is not None,
-        layers=layer_rows(marked, chosen.network),
+        layers=layer_rows(marked, narrowed, chosen.network),
         normalization=marked.notes,
         candidates=tried,
         training=trainings(fine_tunes, config.threads),

@@ -67,6 +67,8 @@ class Task:
         training: how it is trained; None where it is not.
         recipe: the user's wishes for it.
         external: the user's own training loop; None for the project's.
+        teacher: the original with a symbolic batch, where channels were removed from `batched`; else None.
+        full_cost: of the original, in the unit of the objective; None where it is that of `model`.
     """
 
     model: ModelProto
@@ -91,6 +93,8 @@ class Task:
     training: TrainingPlan | None = None
     recipe: TrainConfig = field(default_factory=TrainConfig)
     external: External | None = None
+    teacher: ModelProto | None = None
+    full_cost: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,9 +159,14 @@ def trainable_names(task: Task, network: Network, graph: ModelProto) -> list[str
     return finetune.trainable_arrays(graph_arrays(graph), [*names, *task.trainable])
 
 
+def untouched_nodes(marked: Marked) -> set[str]:
+    """Names of the layers that the user left out."""
+    return {layer.name for layer in marked.frozen if "--exclude" in layer.reason or "--only" in layer.reason}
+
+
 def trainable_initializers(marked: Marked) -> list[str]:
     """Float constants of linear layers, and of what is added or multiplied, except in layers the user left out."""
-    left_out = {layer.name for layer in marked.frozen if "--exclude" in layer.reason or "--only" in layer.reason}
+    left_out = untouched_nodes(marked)
     names: dict[str, None] = {}
     untouched: set[str] = set()
     for node in marked.model.graph.node:

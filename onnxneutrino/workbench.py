@@ -75,7 +75,8 @@ class Workbench:
         self._tell = tell
         self._before = before
         self._layers = {layer.name: layer for layer in task.layers}
-        self._teacher = Runner(task.batched, task.loss.outputs, threads=task.threads)
+        original = task.batched if task.teacher is None else task.teacher
+        self._teacher = Runner(original, task.loss.outputs, threads=task.threads)
         self._keep = Spool().keep if is_large(task.layers) else None
         self._journal = journal
         self.tuner = Tuner(task, self._teacher, self._keep, tell, watch, journal)
@@ -87,6 +88,9 @@ class Workbench:
         self.probe: Probe = take_probe(
             batches, task.layers, task.loss.outputs, run, task.seed, probed, self._keep or in_place
         )
+        if task.teacher is not None:
+            answers = [self._teacher(batch) for batch in self.probe.batches]
+            self.probe = dataclasses.replace(self.probe, outputs=answers)
         probed = sum(len(next(iter(batch.values()))) for batch in self.probe.batches)
         self._places = resting_places(task.batched, task.types, task.layers, task.loss.outputs, RESTING / probed)
         self._tell("measuring the curvature of the outputs", 0.0)
@@ -116,6 +120,8 @@ class Workbench:
     @property
     def full_cost(self) -> float:
         """Cost of the original network."""
+        if self.task.full_cost is not None:
+            return self.task.full_cost
         if self._targets:
             return float(max(self.figures({})))
         return self.task.rest + sum(own.whole.cost for own in self._original.values())

@@ -103,4 +103,4 @@ LOWER: tuple[Pass, ...] = (
     lower_indexing.run,  # what the others have written, too
     drop_unused.run,
 )
-OTHERS: tuple[str, ...] = ("find_layers", "factorize", "free_batch")
+OTHERS: tuple[str, ...] = ("drop_channels", "factorize", "find_layers", "free_batch")

@@ -29,6 +29,7 @@ from onnxneutrino.data import deciding  # noqa: E402
 from onnxneutrino.finetune import Trainer, fine_tune  # noqa: E402
 from onnxneutrino.graph import load  # noqa: E402
 from onnxneutrino.losses import Loss, loss_inputs, softmax  # noqa: E402
+from onnxneutrino.marking import mark  # noqa: E402
 from onnxneutrino.plan import Choice  # noqa: E402
 from onnxneutrino.runtime import Runner  # noqa: E402
 from onnxneutrino.search import Candidate  # noqa: E402
@@ -135,7 +136,7 @@ def task() -> Task:
     config = load_config(DIGITS, {"threads": 1})
     opened = prepare.open_model(load(DIGITS).model, "digits", config)
     config, metric, dataset = prepare.settled(opened, config)
-    marked = conductor.mark(opened, prepare.first_examples(dataset.test, 3), config)
+    marked = mark(opened, prepare.first_examples(dataset.test, 3), config)
     judges = deciding(dataset, 0, "digits")
     rows = prepare.evaluate(marked.batched, judges.test, metric, 128, 1, marked.batched)
     return conductor.make_task(marked, config, metric, dataset, judges, rows, 128)

@@ -24,6 +24,7 @@ from onnxneutrino.figures import figures, rest_cost, total_cost
 from onnxneutrino.forms import full_ranks
 from onnxneutrino.graph import TensorType, arrays, check, with_arrays
 from onnxneutrino.layer_options import GOAL, Target
+from onnxneutrino.marking import mark
 from onnxneutrino.plan import Choice, Form
 from onnxneutrino.probe import divergence
 from onnxneutrino.runtime import Runner
@@ -89,7 +90,7 @@ def make_task(folder: Path, model: ModelProto, **changes: Any) -> Task:
     opened = prepare.open_model(model, "net", config)
     dataset = prepare.open_dataset(opened, metric, config)
     judges = deciding(dataset, config.seed)
-    marked = conductor.mark(opened, prepare.first_examples(dataset.test, 3), config)
+    marked = mark(opened, prepare.first_examples(dataset.test, 3), config)
     assert marked.freed
     batch = prepare.evaluation_batch(opened)
     rows = prepare.evaluate(marked.batched, judges.test, metric, batch, config.threads, marked.batched)

@@ -1,0 +1,64 @@
+"""Take groups of channels out of a graph: rows and columns of its constants, and what counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from onnxneutrino.channels import Channels
+from onnxneutrino.graph import arrays, copied, fresh_name, used_names, with_arrays
+from onnxneutrino.weights import initializer
+
+
+def drop_channels(
+    model: ModelProto,
+    channels: Channels,
+    removed: Collection[int],
+    changed: Mapping[str, NDArray[Any]],
+    biases: Mapping[str, NDArray[Any]],
+) -> ModelProto:
+    """A copy without the channels of some groups.
+
+    Args:
+        model: the graph in which the channels were found.
+        channels: of it.
+        removed: the groups that go.
+        changed: constants with new values, still of their old shapes.
+        biases: by the name of a Conv or Gemm, the bias `(O,)` of one that has none yet, O still the old number.
+    """
+    gone = np.zeros(channels.count, bool)
+    gone[list(removed)] = True
+    copy = copied(model)
+    names = used_names(copy)
+    given = {}
+    for node in copy.graph.node:
+        if node.name in biases:
+            kept = ~gone[channels.outputs[node.name]]
+            bias = fresh_name(names, f"{node.name}/onnxneutrino/bias")
+            given[bias] = np.asarray(biases[node.name], np.float32)[kept]
+            node.input[2:] = [bias]
+        for attribute in node.attribute:
+            if node.name in channels.depthwise and attribute.name == "group":
+                attribute.i = int((~gone[channels.depthwise[node.name]]).sum())
+    held = arrays(copy)
+    weights = {node.input[1] for node in copy.graph.node if node.name in biases}
+    half = {name for name in weights if held[name].dtype == np.float16}
+    for node in copy.graph.node:
+        if node.name in biases:
+            kind = np.float16 if node.input[1] in half else np.float32
+            copy.graph.initializer.append(initializer(given[node.input[2]].astype(kind), node.input[2]))
+    values: dict[str, NDArray[Any]] = {name: np.asarray(array) for name, array in changed.items()}
+    for own in channels.slices:
+        kept = ~gone[own.groups]
+        if not kept.all():
+            values[own.constant] = np.compress(kept, values.get(own.constant, held[own.constant]), own.axis)
+    for name, index, groups in channels.sizes:
+        sizes = np.array(values.get(name, held[name]))
+        sizes[index] = int((~gone[groups]).sum())
+        values[name] = sizes
+    del copy.graph.value_info[:]
+    return with_arrays(copy, values)
