@@ -77,6 +77,7 @@ PACKAGE = "onnxneutrino"
 VARIANTS: Mapping[str, Variant] = {
     "full": Variant("everything"),
     "stage1": Variant("stage 1 alone", options={"stage": 1}),
+    "narrow": Variant("no channels removed", {"conductor.narrow": _same}),
     "channel": Variant("one form, `channel`", {"forms.applicable": _one_form}),
     "interpolative": Variant("no form `interpolative`", {"layer_options.decompose_all": _without_interpolative}),
     "refit": Variant("no refit", {"workbench.Workbench._refitted": lambda own, network, name: network}),

@@ -151,11 +151,14 @@ def _layer_faults(report: Record, last: Record, original: Path, written: Path) -
             continue
         yield from _off(f"layers '{name}'.params_after", row["params_after"], sum(own[0] for own in stages))
         yield from _off(f"layers '{name}'.macs_after", row["macs_after"], sum(own[1] for own in stages))
+        narrowed = row["narrowed_shape"]
+        if narrowed is not None and not math.prod(narrowed) < math.prod(row["weight_shape"]):
+            yield f"layers '{name}': narrowed to {narrowed} from {row['weight_shape']}"
         if row["form"] is not None and row["params_after"] >= row["params_before"]:
             yield f"layers '{name}': has a form and is not smaller"
     yield from _off("layers, sum of macs_after", sum(row["macs_after"] for row in report["layers"]), last["macs"])
-    factored = any(row["form"] is not None for row in report["layers"])
-    yield from _off("compressed", report["compressed"], factored)
+    changed = any(row["form"] is not None or row["narrowed_shape"] is not None for row in report["layers"])
+    yield from _off("compressed", report["compressed"], changed)
 
 
 def _node_costs(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, tuple[int, int]]:

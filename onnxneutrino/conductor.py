@@ -164,6 +164,8 @@ def _compress(
     clock.phase("verify")
     warnings.extend((*found.warnings, *journal.warnings))
     chosen = choose(found.candidates, settings, task, rows, judges, opened.model, warnings)
+    if chosen.final is None:  # the original is written, with all of its channels
+        narrowed, task = marked, with_objective(task, marked, marked, objective)
     report = make_report(
         opened,
         marked,

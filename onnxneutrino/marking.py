@@ -23,7 +23,7 @@ from onnxneutrino.runtime import Runner
 from onnxneutrino.task import Marked, Task
 
 NARROWING_SHARE = 0.05  # of the time limit, for looking at the channels and again for putting them in order
-NARROWING_DROP = 0.25  # of delta: what remains is for the factorization, which gains more from it
+NARROWING_DROP = 0.5  # of delta: what remains is for the factorization
 
 
 def mark(opened: prepare.Opened, samples: Sequence[Inputs], config: Config) -> Marked:

@@ -87,7 +87,7 @@ class LayerRow:
         name: of the node.
         op: its ONNX operator.
         weight_shape: as the weight stands in the graph.
-        form: of the chain of factors; None where the layer stayed as it was.
+        form: of the chain of factors; None where the layer is still one node.
         ranks: `(r,)`, or `(r1, r2)` for `tucker2`; empty without a form.
         params_before: elements of weight and bias.
         params_after: elements of all factors and the bias.

@@ -252,8 +252,8 @@ def make_report(
     metric, seed = task.metric, config.seed
     measured = [(opened.model, rows), (build(task, chosen.network), chosen.final_rows)]
     if chosen.stage1 is not chosen.final:
-        network = Network() if chosen.stage1 is None else chosen.stage1.network
-        measured.append((build(task, network), chosen.stage1_rows))
+        first = marked.model if chosen.stage1 is None else build(task, chosen.stage1.network)
+        measured.append((first, chosen.stage1_rows))
     sample = prepare.first_examples(judges.test, 1)[0]
     times = measured_latencies([model for model, _ in measured], sample, config.threads)
     sizes = [stored_bytes(model) for model, _ in measured]
