@@ -104,6 +104,8 @@ def spare_channels(
     moments = _moments(model, layers, train, batch, threads, seed, seconds, tell)
     layers = [layer for layer in layers if moments[layer.name].count >= LEAST_ROWS * layer.patch]
     channels = found({layer.name for layer in layers})
+    if not layers:
+        return Removal(channels)
     judges = probe_batches(train, batch, seed + 1, None, max(min(JUDGE_IMAGES, JUDGE_MACS // macs), 1))
     before = Runner(model, loss.outputs, threads=threads)
     wanted = [before(own) for own in judges]

@@ -67,7 +67,7 @@ def test_a_run_whose_memory_was_short_is_repeated_where_it_is_not(folder: Path) 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_run", short)
-        assert run("small.onnx", "--time-limit", "10", "--delta", "2", "--threads", "2") == 0
+        assert run("small.onnx", "--time-limit", "15", "--delta", "2", "--threads", "2") == 0
     report = json.loads(Path("small.report.json").read_text())
     assert {own["batch_size"] for own in report["training"]} == {16}
     lack = "there is not enough memory for a training step of {} examples; {} from now on"
