@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from onnxneutrino.channels import Channels
-from onnxneutrino.graph import arrays, copied, fresh_name, used_names, with_arrays
+from onnxneutrino.graph import arrays, complete_inputs, copied, fresh_name, set_shape, used_names, with_arrays
 from onnxneutrino.weights import initializer
 
 
@@ -61,4 +61,7 @@ def drop_channels(
         sizes[index] = int((~gone[groups]).sum())
         values[name] = sizes
     del copy.graph.value_info[:]
-    return with_arrays(copy, values)
+    for value in copy.graph.input:  # below IR 4 initializers are inputs too
+        if value.name in values:
+            set_shape(value, values[value.name].shape)
+    return complete_inputs(with_arrays(copy, values))

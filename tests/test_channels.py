@@ -24,7 +24,7 @@ from onnxneutrino.channel_removal import LEAST_CHANNELS, Reader, covariance, mad
 from onnxneutrino.channels import Channels, find_channels
 from onnxneutrino.config import Config, DataConfig
 from onnxneutrino.factors import Moments
-from onnxneutrino.graph import arrays, name_nodes, tensor_types, with_arrays
+from onnxneutrino.graph import arrays, complete_inputs, name_nodes, tensor_types, with_arrays
 from onnxneutrino.marking import mark
 from onnxneutrino.moments import MomentSum
 from onnxneutrino.narrowing import Removal, spare_channels
@@ -144,6 +144,20 @@ def test_groups(name: str) -> None:
     model = build(body, "float[1,16,5,5] x", **used)
     name_nodes(model.graph)
     assert check_exact(model) == groups
+
+
+def test_initializers_that_are_inputs_too() -> None:
+    """Below IR 4 every initializer is listed as an input, with its shape."""
+    model = redundant()
+    model.ir_version = 3
+    model = complete_inputs(model)
+    assert len(model.graph.input) == 5
+    weights = [value.name for value in model.graph.input[1:]]
+    channels, _ = found(model, {"x": (1, 4, 8, 8)})
+    biases = {name: np.zeros(16, np.float32) for name in ("first", "second")}
+    made = drop_channels(model, channels, [3], {}, biases)
+    onnx.checker.check_model(made, full_check=True)
+    assert len(made.graph.input) == len(weights) + 1 + len(biases)
 
 
 def test_left_out_layers_are_not_touched() -> None:
