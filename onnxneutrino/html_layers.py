@@ -17,12 +17,15 @@ def layers(report: Report) -> Html:
     factorized, frozen = sum(row.form is not None for row in rows), sum(row.reason is not None for row in rows)
     shown = largest(rows)
     told = f"{format_exact(factorized)} of {format_exact(len(rows))} layers factorized, {format_exact(frozen)} frozen."
+    narrowed = sum(row.narrowed_shape is not None for row in rows)
+    if narrowed:
+        told += f" Channels were removed from the weights of {format_exact(narrowed)}."
     if len(shown) < len(rows):
         told += f" Drawn are the {format_exact(len(shown))} largest; the table has all."
     keys = [
         ("", "before", "original"),
         *([("", "blue", "factorized, with form and ranks")] if factorized else []),
-        *([("", "kept", "as it was")] if factorized < len(rows) else []),
+        *([("", "kept", "narrowed, or as it was" if narrowed else "as it was")] if factorized < len(rows) else []),
     ]
     bars = element("div", figure(params_bars(shown, "params")), figure(macs_bars(shown, "macs")), class_="pair")
     return section("Layers", paragraph(told), legend(keys, "legend row"), bars, _all(rows), _frozen(rows))
@@ -36,7 +39,7 @@ def _all(rows: tuple[LayerRow, ...]) -> Html:
         [
             row.name,
             row.op,
-            format_shape(row.weight_shape),
+            " → ".join(format_shape(own) for own in (row.weight_shape, row.narrowed_shape) if own is not None),
             form_and_ranks(row),
             *amounts(row.params_before, row.params_after),
             *amounts(row.macs_before, row.macs_after),

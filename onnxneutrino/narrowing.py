@@ -37,7 +37,7 @@ BATCH = 32
 PRICE_IMAGES, PRICE_MACS = 128, 2 * 10**11
 JUDGE_IMAGES, JUDGE_MACS = 1024, 5 * 10**10
 MOMENT_ROWS, LEAST_ROWS = 3, 2  # patches by their dimension; with fewer a covariance seems empty in some directions
-STATE_BYTES = 2**31  # of covariances and their inverses
+STATE_BYTES = 2**30  # of covariances and their inverses
 TRIALS = 6
 
 
@@ -85,7 +85,8 @@ def spare_channels(
         by_macs: a channel is worth the multiply-accumulates that go with it; else the parameters.
         threads: for the runtime.
         seed: of the sampled inputs and the noise.
-        seconds: for calibration, and again for putting the channels in order.
+        seconds: for calibration, for measuring what errors cost and for putting the channels in order, each; where the
+            second is not done by then, nothing goes.
         kept: whether a network still has what counts beside its outputs; asked about the last one, then about smaller
             removals.
         tell: progress.
@@ -119,8 +120,10 @@ def spare_channels(
 
     sigmas = {layer.name: covariance(moments[layer.name]) for layer in layers}
     prices: dict[str, float] = {}
-    total = 0.0
+    total, end = 0.0, clock.now() + seconds
     for index, layer in enumerate(layers):
+        if clock.now() > end:
+            return Removal(channels)
         tell("measuring what errors of layers cost", index / len(layers))
         noisy, energy = _with_noise(model, layer, sigmas[layer.name], seed)
         own = lost(noisy, images)
