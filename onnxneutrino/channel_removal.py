@@ -8,7 +8,7 @@ and `H` of what is left follow by one block of elimination (Hassibi and Stork 19
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -185,11 +185,3 @@ def made_good(weight: Array, bias: Array, mean: Array, sigma: Matrix, gone: NDAr
     new[:, kept] += np.linalg.solve(sigma[np.ix_(kept, kept)], sigma[np.ix_(kept, lost)] @ flat[:, lost].T).T
     shift = (flat - new) @ np.asarray(mean, np.float64)
     return np.asarray(new.reshape(weight.shape), np.float32), np.asarray(bias + shift, np.float32)
-
-
-def extra_savings(count: int, parts: Mapping[str, tuple[NDArray[np.int64], float]]) -> Matrix:
-    """What each group saves in depthwise convolutions: by name their groups and the cost of one channel."""
-    total = np.zeros(count)
-    for groups, cost in parts.values():
-        total += cost * np.bincount(groups, minlength=count)
-    return total

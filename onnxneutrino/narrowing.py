@@ -18,7 +18,7 @@ from onnx import ModelProto
 
 from onnxneutrino import clock, cost
 from onnxneutrino.calibrate import calibrate, images_needed
-from onnxneutrino.channel_removal import Matrix, Reader, covariance, extra_savings, made_good, removal_order
+from onnxneutrino.channel_removal import Matrix, Reader, covariance, made_good, removal_order
 from onnxneutrino.channels import Channels, find_channels
 from onnxneutrino.data import Split
 from onnxneutrino.factors import Moments
@@ -242,13 +242,14 @@ def _reader(
 def _extra(marked: Marked, channels: Channels, by_macs: bool) -> Matrix:
     """What the groups save in depthwise convolutions."""
     values = arrays(marked.model)
-    parts = {}
+    total = np.zeros(channels.count)
     for node in marked.model.graph.node:
         if node.name in channels.depthwise:
             kernel = math.prod(values[node.input[1]].shape[2:])
             size = math.prod(marked.types[node.output[0]].shape[2:])
-            parts[node.name] = (channels.depthwise[node.name], float(kernel * size if by_macs else kernel + 1))
-    return extra_savings(channels.count, parts)
+            own = kernel * size if by_macs else kernel + 1
+            total += own * np.bincount(channels.depthwise[node.name], minlength=channels.count)
+    return total
 
 
 def _removal(

@@ -33,24 +33,15 @@ def drop_channels(
     gone = np.zeros(channels.count, bool)
     gone[list(removed)] = True
     copy = copied(model)
-    names = used_names(copy)
-    given = {}
+    held, names = arrays(copy), used_names(copy)
     for node in copy.graph.node:
         if node.name in biases:
-            kept = ~gone[channels.outputs[node.name]]
-            bias = fresh_name(names, f"{node.name}/onnxneutrino/bias")
-            given[bias] = np.asarray(biases[node.name], np.float32)[kept]
-            node.input[2:] = [bias]
+            bias = biases[node.name][~gone[channels.outputs[node.name]]].astype(held[node.input[1]].dtype)
+            node.input[2:] = [fresh_name(names, f"{node.name}/onnxneutrino/bias")]
+            copy.graph.initializer.append(initializer(bias, node.input[2]))
         for attribute in node.attribute:
             if node.name in channels.depthwise and attribute.name == "group":
                 attribute.i = int((~gone[channels.depthwise[node.name]]).sum())
-    held = arrays(copy)
-    weights = {node.input[1] for node in copy.graph.node if node.name in biases}
-    half = {name for name in weights if held[name].dtype == np.float16}
-    for node in copy.graph.node:
-        if node.name in biases:
-            kind = np.float16 if node.input[1] in half else np.float32
-            copy.graph.initializer.append(initializer(given[node.input[2]].astype(kind), node.input[2]))
     values: dict[str, NDArray[Any]] = {name: np.asarray(array) for name, array in changed.items()}
     for own in channels.slices:
         kept = ~gone[own.groups]
