@@ -245,7 +245,8 @@ def next_step(
     newest = done[-1]
     assert newest.drop is not None
     goal = AIM * (settings.delta - settings.z * newest.drop.standard_error)
-    share = max(newest.drop.value, NOISE * settings.delta) / ladder.drop(newest.cost)
+    # A drop within its standard error may be as much as that.
+    share = max(newest.drop.value, newest.drop.standard_error, NOISE * settings.delta) / ladder.drop(newest.cost)
 
     def reachable(source: Candidate | None) -> float:
         if goal <= 0:
