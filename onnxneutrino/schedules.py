@@ -45,11 +45,11 @@ class Schedule:
 
 
 def peak(rate: float, steps: int, long_run: int) -> float:
-    """The largest learning rate of `steps` steps where `rate` is that of `long_run`: `rate · sqrt(steps / long_run)`.
+    """The largest learning rate of `steps` steps where `rate` is that of `long_run`: `rate · steps / long_run`.
 
     Adam steps by its rate whatever the size of the gradient, and many steps are needed to mend what large ones break.
     """
-    return rate * math.sqrt(steps / long_run) if steps < long_run else rate
+    return rate * min(steps / long_run, 1.0) if long_run else rate
 
 
 def averaged(

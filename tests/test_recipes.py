@@ -122,7 +122,7 @@ def test_what_is_looked_at_and_returned_is_the_average_of_the_weights_that_train
 
 def test_a_short_fine_tune_peaks_at_a_lower_rate() -> None:
     assert [peak(0.01, steps, 1600) for steps in (1, 100, 400, 1600, 6400)] == pytest.approx(
-        [0.00025, 0.0025, 0.005, 0.01, 0.01]
+        [0.01 / 1600, 0.000625, 0.0025, 0.01, 0.01]
     )
     with Trainer(network(), NAMES, LOSS, 1) as trainer:
         trained = fine_tune(trainer, examples(), seconds=0, learning_rate=0.01, long_run=400, steps=4)
