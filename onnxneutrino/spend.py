@@ -21,9 +21,10 @@ def trim(
     record: Record,
     tried: Sequence[Candidate],
 ) -> None:
-    """Spend what is left of delta without training: truncate the smallest accepted network, bisecting the cost."""
-    source = min((c for c in tried if accepted(c, settings)), key=lambda c: c.cost, default=None)
-    if source is None or not source.trained:
+    """Spend what is left of delta without training: truncate the smallest trained network, bisecting the cost."""
+    # Not the smallest of all: an untrained one may be a hair smaller and has nothing left to spend.
+    source = min((c for c in tried if c.trained and accepted(c, settings)), key=lambda c: c.cost, default=None)
+    if source is None:
         return
     good, bad = source, max(source.cost / LARGEST_TRIM, settings.goal / FINEST_RATIO)
     while upper(good, settings) < SPENT * settings.delta and good.cost > FINEST_RATIO * bad and time_left() > 0:

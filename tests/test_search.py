@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from onnxneutrino.allocate import Option
-from onnxneutrino.bench import Candidate, Settings, accepted, drops_by_cost
+from onnxneutrino.bench import Bench, Candidate, Settings, accepted, drops_by_cost
 from onnxneutrino.budgets import Values, allocate_measured
 from onnxneutrino.ladder import NOISE, Ladder
 from onnxneutrino.layer_options import GOAL
@@ -25,7 +25,7 @@ from onnxneutrino.metrics import Drop
 from onnxneutrino.plan import Choice
 from onnxneutrino.proposals import least_cost, propose
 from onnxneutrino.search import LARGEST_STEP, next_step, search
-from onnxneutrino.spend import AIM, FINEST_RATIO
+from onnxneutrino.spend import AIM, FINEST_RATIO, trim
 from onnxneutrino.target_search import FIRST_STEP, search_targets
 
 LIMIT = 900.0
@@ -420,6 +420,29 @@ def test_one_candidate_alone_is_trusted_half_as_far_as_other_networks() -> None:
     # Where the candidate promises less than others, it is believed.
     hopeful, _ = next_step(alone, doubling(), wishes(delta=2.0), 1e-9)
     assert next_step(alone, doubling(), wishes(delta=2.0), 1e-9, 1.0, 100.0)[0] == pytest.approx(hopeful)
+
+
+def test_what_is_left_of_delta_is_spent_on_a_trained_network_though_an_untrained_one_is_smaller() -> None:
+    class Cutting:
+        full_cost = 1000.0
+
+        def propose(self, source: Candidate, cost: float, *given: Any) -> Candidate:
+            assert source is trained
+            return candidate(cost, 0.5, 0.1)
+
+        def measured(self, own: Candidate) -> Candidate:
+            return own
+
+    trained, untrained = candidate(100, 0.1, 0.1), candidate(99, 0.8, 0.1, 0.0)
+    recorded: list[Candidate] = []
+
+    def record(own: Candidate) -> Candidate:
+        recorded.append(own)
+        return own
+
+    trim(cast(Bench, Cutting()), wishes(delta=1.0), lambda: 1.0, record, [trained, untrained])
+    assert recorded
+    assert min(own.cost for own in recorded) < 85
 
 
 def test_next_step_takes_a_drop_within_its_error_for_that_error() -> None:
