@@ -164,7 +164,8 @@ def _layer_faults(report: Record, last: Record, original: Path, written: Path) -
 def _node_costs(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, tuple[int, int]]:
     """Elements of the initializers that each node reads, and its MACs, by its name."""
     model = onnx.load(path)
-    sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
+    whole = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)  # where to gather from, and no parameters
+    sizes = {own.name: math.prod(own.dims) for own in model.graph.initializer if own.data_type not in whole}
     nodes = [(node.name, node.output[0], list(node.input)) for node in model.graph.node]
     macs = observed_macs(model, shapes)
     return {name: (sum(sizes.get(own, 0) for own in inputs), macs[output]) for name, output, inputs in nodes}
