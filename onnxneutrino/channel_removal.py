@@ -46,12 +46,7 @@ class Reader:
 
 def covariance(moments: Moments) -> Matrix:
     """`Σ` of a layer's input patches, `(D, D)`, with a small ridge."""
-    if moments.sigma is not None:
-        sigma = np.array(moments.sigma, np.float64)
-    else:
-        assert moments.rows is not None
-        rows = np.asarray(moments.rows, np.float64)
-        sigma = rows.T @ rows / moments.count
+    sigma = np.array(moments.matrix(), np.float64)
     scale = float(np.trace(sigma)) / len(sigma)
     sigma[np.diag_indices(len(sigma))] += max(RIDGE * scale, 1e-30)
     return sigma
@@ -78,24 +73,20 @@ class _State:
         solved = np.linalg.solve(blocks, rows.transpose(1, 2, 0))  # (I, k, O)
         return np.asarray(self.price * np.einsum("oik,iko->i", rows, solved, optimize=True))
 
-    def drop_inputs(self, groups: Sequence[int]) -> None:
-        """Take the channels of some groups out of the inputs, the others making up for them."""
-        gone = np.isin(self.inputs, groups)
+    def drop(self, groups: Sequence[int]) -> None:
+        """Take some groups out of the inputs, the others making up for them, and out of the outputs."""
+        gone, kept = np.isin(self.inputs, groups), ~np.isin(self.outputs, groups)
+        if kept.all() and not gone.any():
+            return
         part = np.repeat(gone, self.kernel)
-        if self.inverse is not None:
+        if self.inverse is not None and gone.any():
             column = self.inverse[:, part]
             block = np.linalg.solve(column[part], column.T)
             self.weight -= self.weight[:, part] @ block
             self.inverse -= column @ block
             self.inverse = self.inverse[np.ix_(~part, ~part)]
-        self.weight = self.weight[:, ~part]
-        self.inputs = self.inputs[~gone]
-        self.costs = self._costs()
-
-    def drop_outputs(self, groups: Sequence[int]) -> None:
-        """Take the rows of some groups away."""
-        kept = ~np.isin(self.outputs, groups)
-        self.weight, self.outputs = self.weight[kept], self.outputs[kept]
+        self.weight = self.weight[:, ~part][kept]
+        self.inputs, self.outputs = self.inputs[~gone], self.outputs[kept]
         self.costs = self._costs()
 
 
@@ -147,10 +138,7 @@ def removal_order(
         order += some
         read[some] = False
         for state in states:
-            if np.isin(state.inputs, some).any():
-                state.drop_inputs(some)
-            if np.isin(state.outputs, some).any():
-                state.drop_outputs(some)
+            state.drop(some)
     return order
 
 

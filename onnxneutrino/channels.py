@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto
 
-from onnxneutrino.graph import TensorType, arrays, consumers, reads
+from onnxneutrino.graph import TensorType, arrays, attribute_values, consumers, reads
 from onnxneutrino.plan import Layer
 
 Groups: TypeAlias = NDArray[np.int64]
@@ -215,7 +215,7 @@ class _Finder:
         constants = [name for name in node.input[1:] if name]
         if not all(self._alone(name) for name in constants):
             return None
-        groups = int(_attributes(node).get("group", 1))
+        groups = int(attribute_values(node).get("group", 1))
         if groups == 1:
             return self._layer(node, 1, 0, own)
         if own is None or own.axis != 1 or self.values[weight].shape[:2] != (groups, 1):
@@ -225,7 +225,7 @@ class _Finder:
         return own
 
     def _dense(self, node: NodeProto) -> _Labels | None:
-        attributes = _attributes(node)
+        attributes = attribute_values(node)
         plain = all(attributes.get(name, usual) == usual for name, usual in (("alpha", 1.0), ("beta", 1.0)))
         constants = [name for name in node.input[1:] if name]
         if not plain or attributes.get("transA", 0) or not all(self._alone(name) for name in constants):
@@ -268,7 +268,6 @@ class _Finder:
         if shape is None:
             return None
         found: _Labels | None = None
-        constants: list[str] = []
         others: list[str] = []
         for name in node.input:
             own, mine = self.labels.get(name), self._shape(name)
@@ -280,17 +279,17 @@ class _Finder:
                     self.join(found.numbers, own.numbers)
                 found = found or _Labels(axis, own.numbers)
             else:
-                (constants if name in self.values else others).append(name)
+                others.append(name)
         if found is None:
             return None
-        for name in (*constants, *others):
+        for name in others:
             sizes = self.values[name].shape if name in self.values else self._shape(name)
             if sizes is None:
                 return None
             axis = found.axis - (len(shape) - len(sizes))
             if axis < 0 or sizes[axis] == 1:
                 continue
-            if name in others or not self._alone(name):
+            if not self._alone(name):
                 return None
             self.slices.append((name, axis, found.numbers))
         return found
@@ -311,13 +310,16 @@ class _Finder:
         if shape is None or len(axes) != 1:
             return None
         (axis,) = axes
-        if int(_attributes(node)["axis"]) % len(shape) != axis:
+        if int(attribute_values(node)["axis"]) % len(shape) != axis:
             return None
         parts: list[Groups] = []
         for labels, sizes in zip(own, shapes, strict=True):
-            if labels is None and sizes is None:
+            if labels is not None:
+                parts.append(labels.numbers)
+            elif sizes is not None:
+                parts.append(np.full(sizes[axis], STAYS))
+            else:
                 return None
-            parts.append(np.full(sizes[axis], STAYS) if labels is None and sizes is not None else labels.numbers)  # type: ignore[union-attr]
         return _Labels(axis, np.concatenate(parts))
 
     def _flat(self, node: NodeProto) -> _Labels | None:
@@ -348,7 +350,7 @@ class _Finder:
         own, before, after = self.labels.get(node.input[0]), self._shape(node.input[0]), self._shape(node.output[0])
         if own is None or own.axis != 1 or before is None or after is None or len(after) < 2:
             return None
-        given = _attributes(node).get("axes")
+        given = attribute_values(node).get("axes")
         if given is None and len(node.input) > 1 and node.input[1] in self.values:
             given = self.values[node.input[1]].reshape(-1).tolist()
         if not given or min(int(axis) % len(before) for axis in given) < 2:
@@ -359,9 +361,5 @@ class _Finder:
         own, shape = self.labels.get(node.input[0]), self._shape(node.input[0])
         if own is None or shape is None:
             return None
-        order = list(_attributes(node).get("perm", range(len(shape))[::-1]))
+        order = list(attribute_values(node).get("perm", range(len(shape))[::-1]))
         return _Labels(order.index(own.axis), own.numbers)
-
-
-def _attributes(node: NodeProto) -> dict[str, Any]:
-    return {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}

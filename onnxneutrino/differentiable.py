@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto
 
-from onnxneutrino.walk import reads
+from onnxneutrino.walk import attribute_values, reads
 
 # fmt: off
 TRAINABLE_OPERATORS = frozenset((
@@ -62,7 +62,7 @@ def has_gradient(node: NodeProto) -> bool:
     """Whether the training runtime's gradient of this node is known to be right."""
     if node.domain not in ("", "ai.onnx") or node.op_type not in TRAINABLE_OPERATORS | WITHOUT_DERIVATIVE:
         return False
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    attributes = attribute_values(node)
     if node.op_type == "Pad":
         return bool(attributes.get("mode", b"constant") == b"constant")
     if node.op_type in ("ScatterElements", "ScatterND"):

@@ -37,6 +37,7 @@ from onnxneutrino.shapes import (
 from onnxneutrino.storage import Source, check, check_writable, load, save
 from onnxneutrino.walk import (
     all_nodes,
+    attribute_values,
     attributes,
     consumers,
     copied,
@@ -56,6 +57,7 @@ __all__ = [
     "TensorType",
     "all_nodes",
     "arrays",
+    "attribute_values",
     "attributes",
     "batch_axes",
     "capped_ir",

@@ -16,7 +16,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from onnxneutrino.errors import ModelError
 from onnxneutrino.shapes import inferred
-from onnxneutrino.walk import all_nodes, attributes, copied, fresh_name, graphs, opset, used_names
+from onnxneutrino.walk import all_nodes, attribute_values, attributes, copied, fresh_name, graphs, opset, used_names
 
 RUNTIME_OPSET = 21
 
@@ -161,7 +161,7 @@ def _swish(node: NodeProto, kinds: Kinds, name: Name) -> list[NodeProto]:
 def _rms_normalization(node: NodeProto, kinds: Kinds, name: Name) -> list[NodeProto]:
     """`x / sqrt(mean(x², axes from axis on) + epsilon) · scale`, all but the last product in `stash_type`."""
     x, scale = node.input
-    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    given = attribute_values(node)
     axis, epsilon = int(given.get("axis", -1)), float(given.get("epsilon", 1e-5))
     stash = int(given.get("stash_type", TensorProto.FLOAT))
     line = _Lines(node, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
@@ -23,6 +24,11 @@ def opset(model: ModelProto) -> int | None:
 def attributes(node: NodeProto) -> dict[str, AttributeProto]:
     """A node's attributes by name."""
     return {attribute.name: attribute for attribute in node.attribute}
+
+
+def attribute_values(node: NodeProto) -> dict[str, Any]:
+    """The values of a node's attributes by name, as Python holds them."""
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, ModelProto, NodeProto, helper
 
-from onnxneutrino.graph import Tensor, TensorType, arrays, consumers, has_free_sizes, producers
+from onnxneutrino.graph import Tensor, TensorType, arrays, attribute_values, consumers, has_free_sizes, producers
 from onnxneutrino.plan import Array, Frozen, Geometry, Kind, Layer
 from onnxneutrino.sharing import joined
 from onnxneutrino.weights import is_mapped
@@ -129,7 +129,7 @@ def _conv(node: NodeProto, view: _View) -> Layer | str:
     constants = _constants(node.input[1], node.input[2] if len(node.input) > 2 else "", view)
     if isinstance(constants, str):
         return constants
-    weight, attributes = constants.weight, _attributes(node)
+    weight, attributes = constants.weight, attribute_values(node)
     outputs, channels, *kernel = weight.shape
     if len(kernel) not in _CONVS:
         return f"convolution over {len(kernel)} axes"
@@ -186,7 +186,7 @@ def _gemm(node: NodeProto, view: _View) -> Layer | str:
     constants = _constants(node.input[1], node.input[2] if len(node.input) > 2 else "", view)
     if isinstance(constants, str):
         return constants
-    attributes = _attributes(node)
+    attributes = attribute_values(node)
     if attributes.get("transA", 0):
         return "the input is transposed (transA)"
     weight = constants.weight if attributes.get("transB", 0) else constants.weight.T
@@ -287,7 +287,7 @@ def _is_channels_last(name: str, view: _View) -> bool:
 
 
 def _to_channels_last(node: NodeProto) -> bool:
-    return node.op_type == "Transpose" and _attributes(node).get("perm") == _NCHW_TO_NHWC
+    return node.op_type == "Transpose" and attribute_values(node).get("perm") == _NCHW_TO_NHWC
 
 
 def _at_inference(node: NodeProto, view: _View) -> bool:
@@ -391,10 +391,6 @@ def _view(model: ModelProto, types: Mapping[str, TensorType]) -> _View:
         if node.op_type == "Identity" and node.input[0] in roots:
             roots[node.output[0]] = roots[node.input[0]]
     return _View(values, roots, types, producers(model.graph), consumers(model.graph), has_free_sizes(model))
-
-
-def _attributes(node: NodeProto) -> dict[str, Any]:
-    return {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
 
 
 _READERS = {"Conv": _conv, "ConvTranspose": lambda *_: "transposed convolution", "Gemm": _gemm, "MatMul": _matmul}

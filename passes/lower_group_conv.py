@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from onnx import ModelProto, helper
+from onnx import ModelProto
 
+from onnxneutrino.graph import attribute_values
 from onnxneutrino.rewrite import Kept, Writer, rewritten
 
 
@@ -22,7 +23,7 @@ def run(model: ModelProto) -> tuple[ModelProto, list[str]]:
 def _group_conv(writer: Writer) -> None:
     if writer.attribute("group", 1) == 1:
         raise Kept("it has one group")
-    own = {item.name: helper.get_attribute_value(item) for item in writer.node.attribute}
+    own = attribute_values(writer.node)
     rank = len(writer.shape(writer.node.input[1])) - 2
     if rank == 1:
         _over_two_axes(writer, own)

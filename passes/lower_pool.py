@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, helper
+from onnx import ModelProto
 
+from onnxneutrino.graph import attribute_values
 from onnxneutrino.reductions import float_shape, power, root
 from onnxneutrino.rewrite import Kept, Writer, rewritten
 
@@ -52,7 +53,7 @@ def _lp(writer: Writer) -> None:
 
 
 def _max(writer: Writer) -> None:
-    own = {item.name: helper.get_attribute_value(item) for item in writer.node.attribute}
+    own = attribute_values(writer.node)
     if not own.pop("storage_order", 0):
         raise Kept("its gradient is right")
     if len(writer.node.output) > 1 and writer.node.output[1]:

@@ -39,10 +39,10 @@ from onnxneutrino.zoo.families import FAMILIES
 ROWS = 4000
 
 
-def found(model: ModelProto, shapes: dict[str, tuple[int, ...]]) -> tuple[Channels, list[Layer]]:
+def found(model: ModelProto, shapes: dict[str, tuple[int, ...]]) -> Channels:
     types = types_of(model, shapes)
     layers = [layer for layer in find_layers(model, types) if isinstance(layer, Layer)]
-    return find_channels(model, types, layers, [layer.name for layer in layers]), layers
+    return find_channels(model, types, layers, [layer.name for layer in layers])
 
 
 def shapes_of(model: ModelProto) -> dict[str, tuple[int, ...]]:
@@ -74,7 +74,7 @@ def _inner_axis(node: onnx.NodeProto) -> int:
 def check_exact(model: ModelProto, seed: int = 0, most: int = 12) -> int:
     """Drop random groups whose readers ignore them: outputs must stay. Returns how many groups there are."""
     shapes = shapes_of(model)
-    channels, _ = found(model, shapes)
+    channels = found(model, shapes)
     read = {int(group) for groups in channels.inputs.values() for group in groups} - {0}
     counts = [*channels.inputs.values(), *channels.outputs.values()]
     rng = np.random.default_rng(seed)
@@ -86,9 +86,8 @@ def check_exact(model: ModelProto, seed: int = 0, most: int = 12) -> int:
     if not removed:
         return len(read)
     plain = unread(model, channels, removed)
-    changed = {
-        name: array for name, array in arrays(plain).items() if name in {own.constant for own in channels.slices}
-    }
+    sliced = {own.constant for own in channels.slices}
+    changed = {name: array for name, array in arrays(plain).items() if name in sliced}
     made = drop_channels(model, channels, removed, changed, {})
     onnx.checker.check_model(made, full_check=True)
     assert cost.params(made) < cost.params(model)
@@ -153,7 +152,7 @@ def test_initializers_that_are_inputs_too() -> None:
     model = complete_inputs(model)
     assert len(model.graph.input) == 5
     weights = [value.name for value in model.graph.input[1:]]
-    channels, _ = found(model, {"x": (1, 4, 8, 8)})
+    channels = found(model, {"x": (1, 4, 8, 8)})
     biases = {name: np.zeros(16, np.float32) for name in ("first", "second")}
     made = drop_channels(model, channels, [3], {}, biases)
     onnx.checker.check_model(made, full_check=True)
