@@ -21,7 +21,7 @@ class Candidate:
         network: its factors and arrays, known to the bench alone.
         choices: the option of every layer.
         cost: of the whole network, in the unit of the objective.
-        divergence: from the original's outputs on calibration inputs.
+        divergence: on calibration inputs, from the outputs of what it was made of, the original or a trained network.
         drop: on the deciding images; None while not measured.
         trained: seconds of fine-tuning behind it, those of its predecessors included.
         stage: 1 or 2.
@@ -115,6 +115,11 @@ def upper(candidate: Candidate, settings: Settings) -> float:
     """Upper bound of the drop on the deciding images, `drop + z · standard error`; infinite while not measured."""
     drop = candidate.drop
     return math.inf if drop is None else drop.value + settings.z * drop.standard_error
+
+
+def lost(candidate: Candidate) -> float:
+    """The drop on the deciding images; infinite while not measured."""
+    return math.inf if candidate.drop is None else candidate.drop.value
 
 
 def drops_by_cost(candidates: Sequence[Candidate]) -> list[tuple[float, float]]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from onnxneutrino import metrics, prepare
-from onnxneutrino.bench import Candidate, Settings, accepted
+from onnxneutrino.bench import Candidate, Settings, accepted, lost
 from onnxneutrino.chain_latency import LatencyTable
 from onnxneutrino.data import Deciding
 from onnxneutrino.formats import format_metric, format_ms
@@ -56,11 +56,11 @@ def choose(
             )
         return None, rows
 
-    good = sorted((own for own in candidates if accepted(own, settings)), key=lambda own: (own.cost, _lost(own)))
+    good = sorted((own for own in candidates if accepted(own, settings)), key=lambda own: (own.cost, lost(own)))
     if settings.goal:
         met = [own for own in good if own.cost <= settings.goal]
         others = good[:1] if math.isinf(settings.delta) else [own for own in good if own.cost > settings.goal]
-        final, final_rows = first_within([*sorted(met, key=_lost), *others])
+        final, final_rows = first_within([*sorted(met, key=lost), *others])
         start = next((own for own in candidates[::-1] if own.trained and own.stage == 1), final)
         start_rows = final_rows if start is final or start is None else _rows(start, task, judges)
         return Chosen(start, start_rows, final, final_rows)
@@ -71,10 +71,6 @@ def choose(
     later = [candidate for candidate in good if candidate.stage == 2 and (first is None or candidate.cost < first.cost)]
     second, second_rows = first_within(later)
     return Chosen(first, first_rows, second or first, second_rows if second else first_rows)
-
-
-def _lost(candidate: Candidate) -> float:
-    return math.inf if candidate.drop is None else candidate.drop.value
 
 
 def _rows(candidate: Candidate, task: Task, judges: Deciding) -> NDArray[Any]:

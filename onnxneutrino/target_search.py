@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from onnxneutrino.bench import Bench, Candidate, Settings, Tell, accepted, drops_by_cost, recorder
+from onnxneutrino.bench import Bench, Candidate, Settings, Tell, accepted, drops_by_cost, lost, recorder
 from onnxneutrino.ladder import Ladder
 from onnxneutrino.layer_options import GOAL
 from onnxneutrino.search import FIRST, LEAST_SHARE, PLAN_SHARE, descend, fine_tune, narrow, walk_ladder
@@ -86,14 +86,13 @@ def _at_targets(
     untrained: Callable[[float, str], Candidate],
 ) -> Candidate | None:
     """The trained network at the targets; None where training failed or there was no time."""
-    drop = math.inf if plan.drop is None else plan.drop.value
     larger = min(FIRST_STEP * plan.cost, bench.full_cost / FINEST_RATIO)
-    if settings.stage == 2 and drop > settings.large_drop and larger > plan.cost * FINEST_RATIO:
+    if settings.stage == 2 and lost(plan) > settings.large_drop and larger > plan.cost * FINEST_RATIO:
         start = untrained(larger, "stage 1, larger plan")
         seconds = FIRST_SHARE * time_left()
         first = fine_tune(bench, settings, start, seconds, time_left, record, FIRST, 1)
         if first is not None:
-            cut = bench.propose(first, GOAL, "stage 2, plan at the targets", PLAN_SHARE * time_left())
-            plan = min((cut, plan), key=lambda own: (max(own.cost, GOAL), own.divergence))
+            cut = bench.measured(bench.propose(first, GOAL, "stage 2, plan at the targets", PLAN_SHARE * time_left()))
+            plan = min((cut, plan), key=lambda own: (max(own.cost, GOAL), lost(own)))
     name = f"stage {settings.stage}, at the targets"
     return fine_tune(bench, settings, plan, time_left(), time_left, record, name, settings.stage)

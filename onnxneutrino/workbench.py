@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
 
 from onnxneutrino import clock, cost, metrics
 from onnxneutrino.allocate import Option
 from onnxneutrino.bench import Candidate
 from onnxneutrino.budgets import allocate_measured
 from onnxneutrino.calibrate import calibrate, images_needed, in_place
+from onnxneutrino.data import Inputs
 from onnxneutrino.events import TrainingStatus
 from onnxneutrino.factor_interpolative import interpolated
 from onnxneutrino.factors import Moments
@@ -84,10 +86,7 @@ class Workbench:
         affordable = PROBE_MACS // max(cost.macs(task.model, task.types), 1)
         most = min(probed, PROBE_IMAGES[1], max(affordable, PROBE_IMAGES[0]))
         batches = probe_batches(task.train, task.evaluation_batch, task.seed, images, most)
-        run = by_name(task.batched, task.loss.outputs, task.layers, task.threads)
-        self.probe: Probe = take_probe(
-            batches, task.layers, task.loss.outputs, run, task.seed, probed, self._keep or in_place
-        )
+        self.probe: Probe = self._probed(task.batched, batches, probed)
         if task.teacher is not None:
             answers = [self._teacher(batch) for batch in self.probe.batches]
             self.probe = dataclasses.replace(self.probe, outputs=answers)
@@ -110,7 +109,7 @@ class Workbench:
             )
             for layer in task.layers
         }
-        self._derived: tuple[Candidate, dict[str, LayerOptions]] | None = None
+        self._derived: tuple[Candidate, dict[str, LayerOptions], Probe] | None = None
         self._sensitivities: Mapping[str, Curve] = {}
         self._targets = task.objective if isinstance(task.objective, tuple) else ()
         self._figures: dict[frozenset[tuple[str, Choice]], NDArray[np.float64]] = {}
@@ -157,11 +156,26 @@ class Workbench:
 
     def _fitted(self, source: Candidate | None) -> dict[str, LayerOptions]:
         """Fits on the original, or on the trained chains of `source` at their trained inputs."""
-        if source is None:
-            return self._original
+        return self._original if source is None else self._derived_from(source)[1]
+
+    def _goal(self, source: Candidate | None) -> Probe:
+        """What a network made of `source` should put out.
+
+        A trained network gives other answers than the original, and better ones where it learned from labels.
+        """
+        return self.probe if source is None else self._derived_from(source)[2]
+
+    def _derived_from(self, source: Candidate) -> tuple[Candidate, dict[str, LayerOptions], Probe]:
         if self._derived is None or self._derived[0] is not source:
-            self._derived = source, self._trained_fits(source.network)
-        return self._derived[1]
+            trained = build(self.task, source.network, batched=True)
+            probe = self._probed(trained, self.probe.batches, probe_rows(self.task.layers))
+            self._derived = source, self._trained_fits(source.network), probe
+        return self._derived
+
+    def _probed(self, model: ModelProto, batches: Sequence[Inputs], most: int | None) -> Probe:
+        task = self.task
+        run = by_name(model, task.loss.outputs, task.layers, task.threads)
+        return take_probe(batches, task.layers, task.loss.outputs, run, task.seed, most, self._keep or in_place)
 
     def _trained_fits(self, network: Network) -> dict[str, LayerOptions]:
         images = min(images_needed(self.task.layers, self._rows_wanted), len(self.task.train), TRUNCATION_IMAGES)
@@ -219,7 +233,7 @@ class Workbench:
     def propose(
         self, source: Candidate | None, cost: float, name: str, seconds: float = 0.0, swap: bool = False
     ) -> Candidate:
-        """The plan of at most `cost` that diverges least from the original."""
+        """The plan of at most `cost` that diverges least from what it is made of."""
         within = self._within if self._targets else None
         self.sensitivities()  # a step of its own
         return self._journal.step(
@@ -229,14 +243,15 @@ class Workbench:
     # --- networks -------------------------------------------------------------------------------------------
 
     def realize(self, source: Candidate | None, choices: Mapping[str, Option], name: str) -> Candidate:
-        """Factors of the plan, refitted to the original's outputs, and the divergence."""
+        """Factors of the plan, refitted to the outputs of what they are made of, and the divergence from these."""
         start = clock.now()
         fitted = self._fitted(source)
         factors = chains(fitted, choices, self.task.threads)
+        goal = self._goal(source)
         made = [Network(factors, {} if source is None else source.network.arrays)]
-        made.append(self._refitted(made[0], name))
-        # A trained network has left the original's features; going back to them can cost more than it mends.
-        scored = [(self._divergence(network), network) for network in (made if source else made[1:])]
+        made.append(self._refitted(made[0], name, goal))
+        # What was trained as a whole makes up for errors that a refit of single layers brings back.
+        scored = [(self._divergence(network, goal), network) for network in (made if source else made[1:])]
         divergence, network = min(scored, key=lambda pair: pair[0])
         whole = self.task.rest + sum(option.cost for option in choices.values())
         return Candidate(
@@ -249,12 +264,12 @@ class Workbench:
             seconds=clock.now() - start,
         )
 
-    def _refitted(self, network: Network, name: str) -> Network:
-        """Solve the last factor of every chain anew, in the order of the graph."""
+    def _refitted(self, network: Network, name: str, goal: Probe) -> Network:
+        """Solve the last factor of every chain anew toward the goal's outputs, in the order of the graph."""
         task = self.task
         factors = dict(network.factors)
         start: str | None = None
-        probe = self.probe  # with what the network computes at `start`, up to where every layer is solved
+        probe = goal  # with what the network computes at `start`, up to where every layer is solved
         for index, layer in enumerate(task.layers):
             if layer.name not in factors:
                 continue
@@ -264,7 +279,7 @@ class Workbench:
             place = self._places[layer.name]
             if place is not None and place != start:
                 step = Runner(between(graph, start, [place], task.types), threads=task.threads)
-                fed = zip(self.probe.batches, probe.batches, strict=True)
+                fed = zip(goal.batches, probe.batches, strict=True)
                 probe = dataclasses.replace(probe, batches=[{**plain, place: step(batch)[0]} for plain, batch in fed])
                 start = place
             part = between(graph, start, [last_stage(use, own)[0] for use in layer.uses], task.types)
@@ -272,20 +287,18 @@ class Workbench:
             features = features_at(probe, layer, own.stages, run)
             features = features - own.inner_bias if own.direct else features
             last = own.stages[-1]
-            solved = refit(
-                features, self.probe.targets[layer.name], last.weight.reshape(len(last.weight), -1), own.bias
-            )
+            solved = refit(features, goal.targets[layer.name], last.weight.reshape(len(last.weight), -1), own.bias)
             stage = dataclasses.replace(last, weight=solved.weight.reshape(last.weight.shape))
             own = dataclasses.replace(own, stages=(*own.stages[:-1], stage), bias=solved.bias)
             own = interpolated(own) if own.direct else own
             factors[layer.name] = own if self._keep is None else kept_factors(layer, own, self._keep)
         return dataclasses.replace(network, factors=factors)
 
-    def _divergence(self, network: Network) -> float:
-        """Divergence from the original on the probe."""
+    def _divergence(self, network: Network, goal: Probe) -> float:
+        """Divergence from the goal's outputs."""
         task = self.task
         run = Runner(build(task, network, batched=True), task.loss.outputs, threads=task.threads)
-        return divergence(task.loss, self.probe.outputs, [run(batch) for batch in self.probe.batches])
+        return divergence(task.loss, goal.outputs, [run(batch) for batch in goal.batches])
 
     def sensitivities(self) -> Mapping[str, Curve]:
         """See `sensitivity`; measured on the original and kept: a trained network stays close enough to it."""
@@ -351,4 +364,5 @@ class Workbench:
         training = self.task.training
         if training is None or not training.loss.fed:
             return network
-        return min((network, self._refitted(network, name)), key=self._divergence)
+        made = (network, self._refitted(network, name, self.probe))
+        return min(made, key=lambda own: self._divergence(own, self.probe))

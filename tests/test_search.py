@@ -24,7 +24,7 @@ from onnxneutrino.layer_options import GOAL
 from onnxneutrino.metrics import Drop
 from onnxneutrino.plan import Choice
 from onnxneutrino.proposals import least_cost, propose
-from onnxneutrino.search import LARGEST_STEP, next_step, search
+from onnxneutrino.search import LARGEST_STEP, LAST_AIM, PATIENCE, next_step, search
 from onnxneutrino.spend import AIM, FINEST_RATIO, trim
 from onnxneutrino.target_search import FIRST_STEP, search_targets
 
@@ -404,10 +404,11 @@ def test_a_ladder_knows_its_points_between_them_and_beyond() -> None:
 
 
 def test_next_step_scales_the_ladder_by_what_training_left() -> None:
-    # At 400 training took a drop of 4 to 0.8; with no more of it AIM · 2 is expected where the ladder has AIM · 10.
-    cost, source = next_step([candidate(400, 0.8, 0.0)], doubling(), wishes(delta=2.0), 1e-9)
-    assert cost == pytest.approx(400 / math.sqrt(AIM * 2.5))
-    assert source is not None
+    # At 400 training took a drop of 4 to 0.8; with no more of it aim · 2 is expected where the ladder has aim · 10.
+    for patience, aim in ((1.0, LAST_AIM), (PATIENCE, AIM)):
+        cost, source = next_step([candidate(400, 0.8, 0.0)], doubling(), wishes(delta=2.0), 1e-9, patience)
+        assert cost == pytest.approx(400 / math.sqrt(aim * 2.5))
+        assert source is not None
 
 
 def test_one_candidate_alone_is_trusted_half_as_far_as_other_networks() -> None:
@@ -456,8 +457,8 @@ def test_next_step_takes_a_drop_within_its_error_for_that_error() -> None:
 
 def test_next_step_trains_a_refused_candidate_on_where_time_should_do() -> None:
     refused = candidate(400, 2.1, 0.0, trained=10.0)
-    # What is left of the drop falls by (10 / 30)^0.3 = 0.72, which is enough for AIM · 2 ...
-    assert next_step([refused], doubling(), wishes(delta=2.0), 20.0) == (400, refused)
+    # What is left of the drop falls by (10 / 30)^0.2 = 0.80, which is enough for AIM · 2 ...
+    assert next_step([refused], doubling(), wishes(delta=2.0), 20.0, PATIENCE) == (400, refused)
     # ... but not for 1, nor where the same was tried before.
     for done, delta in (([refused], 1.0), ([refused, refused], 2.0)):
         cost, source = next_step(done, doubling(), wishes(delta=delta), 20.0)

@@ -198,7 +198,7 @@ def test_refit_brings_the_network_nearer_to_the_original(bench: Workbench, candi
         if option.choice is not None
     }
     assert len(unfitted) == 3
-    before = bench._divergence(Network(unfitted))
+    before = bench._divergence(Network(unfitted), bench.probe)
     assert 0 < candidate.divergence < before
     fresh = {"x": images(400, 77).transpose(0, 3, 1, 2)}
     wanted = outputs(bench.task.model, fresh)
@@ -286,7 +286,7 @@ def test_training_changes_the_network_for_the_better(
     assert (trained.cost, trained.choices) == (candidate.cost, candidate.choices)
     before, after = (outputs(build(bench.task, own.network)) for own in (candidate, trained))
     assert np.abs(after - before).max() > 1e-3
-    assert bench._divergence(trained.network) < candidate.divergence
+    assert bench._divergence(trained.network, bench.probe) < candidate.divergence
     (record,) = (tune for tune in bench.tuner.fine_tunes if tune.name == "trained")
     assert np.mean(record.losses[-20:]) < np.mean(record.losses[:20])
     assert record.steps > 10
@@ -339,6 +339,8 @@ def test_options_from_a_trained_network_start_at_its_own_chains(bench: Workbench
     same = bench.realize(trained, unchanged, "unchanged")
     assert same.cost == trained.cost
     assert same.trained == trained.trained
+    assert same.divergence < 1e-5, "from the trained network, wherever training took it"
+    assert bench._divergence(same.network, bench.probe) > 1e-3
 
 
 def test_truncating_trained_weights_is_nearer_than_starting_anew(bench: Workbench, trained: Candidate) -> None:
@@ -353,7 +355,14 @@ def test_truncating_trained_weights_is_nearer_than_starting_anew(bench: Workbenc
     np.testing.assert_array_equal(arrays(build(bench.task, smaller.network))["b2"], arrays(bench.task.model)["b2"])
     anew = bench.realize(None, choices, "anew")
     assert smaller.cost == anew.cost
-    assert smaller.divergence < 1.5 * anew.divergence
+    fresh = {"x": images(400, 77).transpose(0, 3, 1, 2)}
+    wanted = outputs(build(bench.task, trained.network), fresh)
+
+    def away(candidate: Candidate) -> float:
+        return divergence(bench.task.loss, [[wanted]], [[outputs(build(bench.task, candidate.network), fresh)]])
+
+    assert smaller.divergence == pytest.approx(away(smaller), rel=0.5)
+    assert away(smaller) < 0.5 * away(anew)
 
 
 @pytest.mark.usefixtures("kept")
@@ -524,7 +533,7 @@ def test_reconstruction_brings_every_block_nearer_to_the_original(tmp_path: Path
     assert found is not None
     assert not bench.tuner.warnings
     assert found.divergence == made.divergence, "known before training, for the record"
-    assert bench._divergence(found.network) < made.divergence
+    assert bench._divergence(found.network, bench.probe) < made.divergence
     (record,) = bench.tuner.fine_tunes
     assert np.mean(record.losses[-20:]) < np.mean(record.losses[:20])
     for name in ("r0", "r2"):  # fitted to just that before, on the same inputs: no more can be asked than to stay
@@ -543,7 +552,7 @@ def test_float16_weights_are_trained_as_float32_and_written_as_float16(tmp_path:
     found = bench.trained(made, 2.0, "halves")
     assert found is not None
     assert not bench.tuner.warnings
-    assert bench._divergence(found.network) < bench._divergence(made.network)
+    assert bench._divergence(found.network, bench.probe) < bench._divergence(made.network, bench.probe)
     written = build(task, found.network)
     check(written, "halves")
     assert {array.dtype for array in arrays(written).values() if array.dtype.kind == "f"} == {np.dtype(np.float16)}
