@@ -233,7 +233,8 @@ def next_step(
     Training leaves a share of the untrained drop, which the ladder knows for every cost: the share that the newest
     candidate shows, falling with the time trained to the power -0.2. Where that is too hopeful, for the share grows
     with what is taken away, the secant through the last two candidates bounds the step; where there is one alone, the
-    mean (of logarithms) with what other networks come to. A refused candidate is trained
+    mean (of logarithms) with what other networks come to. Where labels have made a network better than the original,
+    drops count from there. A refused candidate is trained
     on where that would do at up to `patience` times its cost, for a larger one starts anew; that it was trained on
     once and refused again shows that time alone does not do. The start is a trained candidate of at least that cost
     (of that very cost: it is trained on), from which a step down is at most 2.5 times; or the original, where only a
@@ -250,16 +251,21 @@ def next_step(
     newest = done[-1]
     assert newest.drop is not None
     aim = AIM if patience > 1 else LAST_AIM
-    goal = aim * (settings.delta - settings.z * newest.drop.standard_error)
+    # What labels have surely made better than the original can be lost as well.
+    gained = max(-(own.drop.value + own.drop.standard_error) for own in done if own.drop is not None)
+    gained = max(gained, 0.0)
+    goal = aim * (settings.delta + gained - settings.z * newest.drop.standard_error)
     # A drop within its standard error may be as much as that.
-    share = max(newest.drop.value, newest.drop.standard_error, NOISE * settings.delta) / ladder.drop(newest.cost)
+    least = max(newest.drop.standard_error, NOISE * settings.delta)
+    share = max(newest.drop.value + gained, least) / ladder.drop(newest.cost)
+    known = [(cost, drop + gained) for cost, drop in drops_by_cost(done)]
 
     def reachable(source: Candidate | None) -> float:
         if goal <= 0:
             return math.inf
         trained = seconds + (0.0 if source is None else source.trained)
         kept = (newest.trained / max(trained, 1e-9)) ** RECOVERY
-        cost = max(ladder.cost(goal / (share * kept)), secant(drops_by_cost(done), goal / kept))
+        cost = max(ladder.cost(goal / (share * kept)), secant(known, goal / kept))
         if len(done) > 1 or cost >= expected:
             return cost
         return math.sqrt(max(cost, newest.cost / LARGEST_STEP) * expected)
