@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	PATH="$(BIN):$$PATH" onnxneutrino compress fixtures/digits.onnx out.onnx --delta 1
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -11,8 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
+from slow_time import SlowTime
 
 import onnxneutrino
+from onnxneutrino import clock
 from onnxneutrino.config import load_config
 from onnxneutrino.delivery import compress_file
 from onnxneutrino.errors import ModelError, NeutrinoError
@@ -434,7 +436,9 @@ MIDDLES = {
 
 
 @pytest.mark.parametrize("kind", MIDDLES)
-def test_layers_before_what_has_no_gradient_learn_the_original(kind: str, tmp_path: Path) -> None:
+def test_layers_before_what_has_no_gradient_learn_the_original(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
 
     def weight(name: str, *shape: int) -> TensorProto:
@@ -464,8 +468,9 @@ def test_layers_before_what_has_no_gradient_learn_the_original(kind: str, tmp_pa
     )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(body, opset_imports=opsets, ir_version=8)
+    monkeypatch.setattr(clock, "time", SlowTime())
     report = onnxneutrino.compress(
-        model, data="random", metric="agreement", delta=50.0, time_limit=8.0, seed=0, threads=1
+        model, data="random", metric="agreement", delta=50.0, time_limit=40.0, seed=0, threads=1
     ).report
     before, behind = report.blocks
     assert (before.layers, before.how, before.learns, before.ended_by) == (

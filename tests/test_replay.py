@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slow_time import SlowTime
 
+from onnxneutrino import clock
 from onnxneutrino.cli import main
 from onnxneutrino.errors import OutputError
 from onnxneutrino.finetune import Trainer
@@ -35,7 +37,8 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(FIXTURES / "digits.npz", folder / "digits.npz")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert run("out.onnx", "--time-limit", "14", "--seed", "3", "--delta", "2", "--threads", "2") == 0
+        patch.setattr(clock, "time", SlowTime())
+        assert run("out.onnx", "--time-limit", "40", "--seed", "3", "--delta", "2", "--threads", "2") == 0
     return folder
 
 
@@ -67,7 +70,8 @@ def test_a_run_whose_memory_was_short_is_repeated_where_it_is_not(folder: Path) 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_run", short)
-        assert run("small.onnx", "--time-limit", "15", "--delta", "2", "--threads", "2") == 0
+        patch.setattr(clock, "time", SlowTime())
+        assert run("small.onnx", "--time-limit", "40", "--delta", "2", "--threads", "2") == 0
     report = json.loads(Path("small.report.json").read_text())
     assert {own["batch_size"] for own in report["training"]} == {16}
     lack = "there is not enough memory for a training step of {} examples; {} from now on"

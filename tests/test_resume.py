@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper, parser
+from slow_time import SlowTime
 
 from onnxneutrino import clock, delivery, finetune, interrupts, journal, kept_training, run_directory
 from onnxneutrino.config import load_config
@@ -102,17 +103,6 @@ def test_a_run_survives_being_killed(folder: Path) -> None:
 
 class StoppedError(BaseException):
     """In the place of a kill."""
-
-
-class SlowTime:
-    """A clock that goes on when it is read, so that a run does the same on any machine."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def perf_counter(self) -> float:
-        self.seconds += 0.25
-        return self.seconds
 
 
 def compressed(folder: Path, said: list[str] | None = None, **options: Any) -> Report:
