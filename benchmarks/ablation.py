@@ -80,7 +80,7 @@ VARIANTS: Mapping[str, Variant] = {
     "narrow": Variant("no channels removed", {"conductor.narrow": _same}),
     "channel": Variant("one form, `channel`", {"forms.applicable": _one_form}),
     "interpolative": Variant("no form `interpolative`", {"layer_options.decompose_all": _without_interpolative}),
-    "refit": Variant("no refit", {"workbench.Workbench._refitted": lambda own, network, name: network}),
+    "refit": Variant("no refit", {"workbench.Workbench._refitted": lambda own, network, name, goal: network}),
     "curvature": Variant("no K-FAC weighting", {"workbench.output_weightings": lambda task, teacher, seconds: {}}),
     "sensitivity": Variant(
         "no sensitivity, one plan", {"proposals.POWERS": (0.0,), "workbench.measured_sensitivities": _no_curves}

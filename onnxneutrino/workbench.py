@@ -86,7 +86,7 @@ class Workbench:
         affordable = PROBE_MACS // max(cost.macs(task.model, task.types), 1)
         most = min(probed, PROBE_IMAGES[1], max(affordable, PROBE_IMAGES[0]))
         batches = probe_batches(task.train, task.evaluation_batch, task.seed, images, most)
-        self.probe: Probe = self._probed(task.batched, batches, probed)
+        self.probe: Probe = self._probed(task.batched, batches)
         if task.teacher is not None:
             answers = [self._teacher(batch) for batch in self.probe.batches]
             self.probe = dataclasses.replace(self.probe, outputs=answers)
@@ -168,14 +168,14 @@ class Workbench:
     def _derived_from(self, source: Candidate) -> tuple[Candidate, dict[str, LayerOptions], Probe]:
         if self._derived is None or self._derived[0] is not source:
             trained = build(self.task, source.network, batched=True)
-            probe = self._probed(trained, self.probe.batches, probe_rows(self.task.layers))
+            probe = self._probed(trained, self.probe.batches)
             self._derived = source, self._trained_fits(source.network), probe
         return self._derived
 
-    def _probed(self, model: ModelProto, batches: Sequence[Inputs], most: int | None) -> Probe:
-        task = self.task
+    def _probed(self, model: ModelProto, batches: Sequence[Inputs]) -> Probe:
+        task, keep = self.task, self._keep or in_place
         run = by_name(model, task.loss.outputs, task.layers, task.threads)
-        return take_probe(batches, task.layers, task.loss.outputs, run, task.seed, most, self._keep or in_place)
+        return take_probe(batches, task.layers, task.loss.outputs, run, task.seed, probe_rows(task.layers), keep)
 
     def _trained_fits(self, network: Network) -> dict[str, LayerOptions]:
         images = min(images_needed(self.task.layers, self._rows_wanted), len(self.task.train), TRUNCATION_IMAGES)

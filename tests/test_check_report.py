@@ -16,8 +16,9 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
+from slow_time import SlowTime
 
-from onnxneutrino import console
+from onnxneutrino import clock, console
 from onnxneutrino.cli import main
 from onnxneutrino.cli_output import PIPE_WIDTH
 from onnxneutrino.report import Report
@@ -40,8 +41,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     for name in ("digits.onnx", "digits.npz", "digits.toml"):
         shutil.copy(ROOT / "fixtures" / name, folder)
     files = [str(folder / name) for name in ("digits.onnx", "out.onnx")]
-    options = ["--delta", "1", "--trainer", "none", "--time-limit", "10s", "--threads", "1", "--quiet"]
-    done = CliRunner().invoke(main, ["compress", *files, *options], catch_exceptions=False)
+    options = ["--delta", "1", "--trainer", "none", "--time-limit", "40s", "--threads", "1", "--quiet"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clock, "time", SlowTime(0.05))
+        done = CliRunner().invoke(main, ["compress", *files, *options], catch_exceptions=False)
     assert done.exit_code == 0
     return folder, done.output
 
