@@ -81,6 +81,9 @@ VARIANTS: Mapping[str, Variant] = {
     "channel": Variant("one form, `channel`", {"forms.applicable": _one_form}),
     "interpolative": Variant("no form `interpolative`", {"layer_options.decompose_all": _without_interpolative}),
     "refit": Variant("no refit", {"workbench.Workbench._refitted": lambda own, network, name, goal: network}),
+    "goal": Variant(
+        "trained networks held to the original", {"workbench.Workbench._goal": lambda own, source: own.probe}
+    ),
     "curvature": Variant("no K-FAC weighting", {"workbench.output_weightings": lambda task, teacher, seconds: {}}),
     "sensitivity": Variant(
         "no sensitivity, one plan", {"proposals.POWERS": (0.0,), "workbench.measured_sensitivities": _no_curves}
