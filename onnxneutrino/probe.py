@@ -1,6 +1,6 @@
-"""The probe: a fixed set of training inputs on which the original's answers are kept.
+"""The probe: a fixed set of training inputs on which the answers of the original, or of a trained network, are kept.
 
-Against it a compressed network is refitted (each layer's original outputs) and scored (the original's output).
+Against it what is made of that network is refitted (each layer's outputs) and scored (the network's output).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ REFIT_ROWS = 8192
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Inputs in batches, the original's outputs on them, and each layer's outputs at sampled positions.
+    """Inputs in batches, a network's outputs on them, and each layer's outputs at sampled positions.
 
     Attributes:
         batches: inputs.
         outputs: for each batch the tensors that the loss reads.
         positions: for each layer, each of its places under its own name, and batch, `(n, k)`.
-        targets: for each layer the original's outputs there, `(rows, O)`; of one example all places stand together.
+        targets: for each layer its outputs there, `(rows, O)`; of one example all places stand together.
     """
 
     batches: Sequence[Inputs]
@@ -78,7 +78,7 @@ def take_probe(
     most: int | None = None,
     keep: Keep = in_place,
 ) -> Probe:
-    """Run the original on the probe.
+    """Run a network on the probe.
 
     Args:
         batches: the inputs.

@@ -2,7 +2,7 @@
 
 The loss of a layer's option is predicted from its relative error and from the divergence at the output that this error
 alone was measured to cause. Errors interact, so that no prediction is calibrated: plans from a few means of the two
-are finished (factors and refit), and the one whose outputs diverge least from the original's is taken.
+are finished (factors and refit), and the one whose outputs diverge least from those of what it is made of is taken.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def propose(
     seed: int,
     within: Within | None = None,
 ) -> Candidate:
-    """The plan of at most `cost` that diverges least from the original, among a few surrogates.
+    """The plan of at most `cost` that diverges least from what it is made of, among a few surrogates.
 
     Args:
         planner: the network.

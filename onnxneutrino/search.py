@@ -3,7 +3,7 @@
 Stage 1 (exploration): a ladder of plans along the cost, refitted but untrained, shows how fast the network
 gives way; a fine-tune of a plan that a quarter of the time should make acceptable tells how much training
 recovers. Stage 2 (annealing): from the trained weights, smaller plans are settled on the surrogate and by the
-divergence from the original, and only those are trained; what is then left of delta is spent on truncations.
+divergence from the trained network, and only those are trained; what is then left of delta is spent on truncations.
 (Deeplite Neutrino, AAAI 2021, section 3.)
 """
 
@@ -234,11 +234,10 @@ def next_step(
     candidate shows, falling with the time trained to the power -0.2. Where that is too hopeful, for the share grows
     with what is taken away, the secant through the last two candidates bounds the step; where there is one alone, the
     mean (of logarithms) with what other networks come to. Where labels have made a network better than the original,
-    drops count from there. A refused candidate is trained
-    on where that would do at up to `patience` times its cost, for a larger one starts anew; that it was trained on
-    once and refused again shows that time alone does not do. The start is a trained candidate of at least that cost
-    (of that very cost: it is trained on), from which a step down is at most 2.5 times; or the original, where only a
-    larger network than the trained ones will do.
+    drops count from there. A refused candidate is trained on where that would do at up to `patience` times its cost,
+    for a larger one starts anew; that it was trained on once and refused again shows that time alone does not do. The
+    start is a trained candidate of at least that cost (of that very cost: it is trained on), from which a step down is
+    at most 2.5 times; or the original, where only a larger network than the trained ones will do.
 
     Args:
         done: trained candidates, in the order trained.
