@@ -181,6 +181,10 @@ def torch_node(node: NodeProto, inputs: list[Any]) -> Any:
             return inputs[0].permute(known["perm"])
         case "Identity":
             return inputs[0]
+        case "Concat":
+            return torch.cat(inputs, known["axis"])
+        case "Gather":
+            return inputs[0].index_select(known.get("axis", 0), inputs[1])
         case "Pad" if known.get("mode", b"constant") == b"constant":
             sizes = inputs[1].tolist()
             half = len(sizes) // 2
