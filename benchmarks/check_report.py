@@ -162,13 +162,16 @@ def _layer_faults(report: Record, last: Record, original: Path, written: Path) -
 
 
 def _node_costs(path: Path, shapes: Mapping[str, list[int]]) -> dict[str, tuple[int, int]]:
-    """Elements of the initializers that each node reads, and its MACs, by its name."""
+    """Elements of the initializers that each node reads, and its MACs, by its name; a MatMul has its Add's, too."""
     model = onnx.load(path)
     whole = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)  # where to gather from, and no parameters
     sizes = {own.name: math.prod(own.dims) for own in model.graph.initializer if own.data_type not in whole}
-    nodes = [(node.name, node.output[0], list(node.input)) for node in model.graph.node]
-    macs = observed_macs(model, shapes)
-    return {name: (sum(sizes.get(own, 0) for own in inputs), macs[output]) for name, output, inputs in nodes}
+    products = {node.output[0]: node.name for node in model.graph.node if node.op_type == "MatMul"}
+    macs, elements = observed_macs(model, shapes), {node.name: 0 for node in model.graph.node}
+    for node in model.graph.node:
+        product = next((products[own] for own in node.input if node.op_type == "Add" and own in products), node.name)
+        elements[product] += sum(sizes.get(own, 0) for own in node.input)
+    return {node.name: (elements[node.name], macs[node.output[0]]) for node in model.graph.node}
 
 
 def _candidate_faults(report: Record) -> Iterator[str]:
