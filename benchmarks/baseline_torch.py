@@ -21,7 +21,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from torch.nn import functional
 
 from onnxneutrino.errors import ModelError
-from onnxneutrino.graph import TensorType
+from onnxneutrino.graph import TensorType, attribute_values
 from onnxneutrino.graph import arrays as graph_arrays
 from onnxneutrino.passes import fold_batchnorm
 
@@ -134,7 +134,7 @@ class _Builder:
         self.modules: dict[str, torch.nn.Module] = {}
 
     def add(self, node: NodeProto) -> None:
-        own = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+        own = attribute_values(node)
         output = node.output[0]
         before = node.input[0]
         if node.op_type == "Conv":

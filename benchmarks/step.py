@@ -33,7 +33,7 @@ from onnxneutrino.config import load_config
 from onnxneutrino.data import deciding
 from onnxneutrino.finetune import Example, Trainer
 from onnxneutrino.gradient_graph import faster_gradients
-from onnxneutrino.graph import arrays, load
+from onnxneutrino.graph import arrays, attribute_values, load
 from onnxneutrino.losses import Loss, loss_inputs, rows, teacher_loss
 from onnxneutrino.marking import mark
 from onnxneutrino.runtime import Runner
@@ -137,7 +137,7 @@ def torch_node(node: NodeProto, inputs: list[Any]) -> Any:
     import torch
     from torch.nn import functional
 
-    known: dict[str, Any] = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+    known = attribute_values(node)
     pads = known.get("pads", [0, 0, 0, 0])
     around = [pads[1], pads[3], pads[0], pads[2]] if len(pads) == 4 else []
     match node.op_type:

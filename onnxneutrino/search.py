@@ -251,8 +251,7 @@ def next_step(
     assert newest.drop is not None
     aim = AIM if patience > 1 else LAST_AIM
     # What labels have surely made better than the original can be lost as well.
-    gained = max(-(own.drop.value + own.drop.standard_error) for own in done if own.drop is not None)
-    gained = max(gained, 0.0)
+    gained = max(0.0, *(-own.drop.value - own.drop.standard_error for own in done if own.drop is not None))
     goal = aim * (settings.delta + gained - settings.z * newest.drop.standard_error)
     # A drop within its standard error may be as much as that.
     least = max(newest.drop.standard_error, NOISE * settings.delta)

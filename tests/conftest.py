@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 ROOT = Path(__file__).resolve().parent.parent
 # `python -m pytest` puts the checkout on the path, where onnxneutrino/ lies without its passes.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-sys.path.append(str(Path(__file__).parent))  # models_drawn.py, graphs_drawn.py and steps_drawn.py, which draw models
+sys.path.append(str(Path(__file__).parent))  # for slow_time.py and the modules that draw models
 from hostile_runs import Runs  # noqa: E402
 
 SHARED = ROOT.parent / "shared"

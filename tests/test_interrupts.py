@@ -14,6 +14,8 @@ from pathlib import Path
 import onnx
 import pytest
 
+from onnxneutrino.interrupts import GRACE
+
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 SOON = 2.0
 PATIENCE = 120.0  # on a busy machine, for imports and the like
@@ -136,15 +138,17 @@ def test_a_run_is_interrupted(tmp_path: Path, sign: str, kept: bool) -> None:
     begun = time.monotonic()
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=PATIENCE)
-    assert time.monotonic() - begun < SOON + 1.0  # that of the interpreter's end on a busy machine
+    spent = time.monotonic() - begun
+    assert spent < SOON + 1.0  # that of the interpreter's end on a busy machine
     assert process.returncode == 1
     assert out == ""
     assert "Traceback" not in error
     last = error.splitlines()[-1]
     if not kept:
         assert last == f"{WORDS}nothing was written"
-        # Where a busy machine takes longer than the grace time, what stays is a folder to begin anew in.
-        assert {path.name for path in tmp_path.iterdir()} - {run.name} == before
+        # On a machine so busy that the run is ended from outside, a folder to begin anew in may stay.
+        stays = {run.name} if spent >= GRACE else set()
+        assert {path.name for path in tmp_path.iterdir()} - stays == before
         assert not list(run.glob("*.npz"))
         return
     assert last.startswith(f"{WORDS}continue with --resume (best so far: ")
