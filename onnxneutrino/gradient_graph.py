@@ -1,8 +1,9 @@
-"""The gradient of a Conv and of a Relu in operators that ONNX Runtime executes faster than its own kernels.
+"""The gradients of Conv, Relu and Gather in operators that ONNX Runtime executes faster than its own kernels.
 
 `ConvGrad` (com.microsoft, CPU, 1.19.2) unfolds every image for the weight and folds it back for the input, no faster
 with two threads than with one, and a depthwise one does so for each channel of each image; `ReluGrad` branches on every
-element. With dY the gradient of `Y = Conv(X, W)`, p the pads, s the strides and d the dilations:
+element; `GatherGrad` adds element by element, as if an index came twice. With dY the gradient of `Y = Conv(X, W)`, p
+the pads, s the strides and d the dilations:
 
 * dX of a Conv of stride 1 is a Conv of dY with W transposed and flipped, padded by d (k - 1) - p (Dumoulin and Visin,
   A guide to convolution arithmetic for deep learning, 2016, relationship 13). ConvGrad is left with dW and db.
@@ -11,6 +12,7 @@ element. With dY the gradient of `Y = Conv(X, W)`, p the pads, s the strides and
   stride 1 X and dY can change places: the kernel then comes out flipped.
 * dW of a depthwise Conv is a depthwise Conv of N C channels whose kernels are the maps of dY, summed over images.
 * dX of a Relu is `dY * HardSigmoid(Y)` with a slope at which every positive normal number gives 1.
+* dX of a Gather that only changes the order (the last node of an `interpolative` chain) is a Gather that puts it back.
 
 Both dW, and those Convs (forward and for dX) that gain from it, run in blocks of channels. Everything else, and every
 Conv whose shapes are not known, keeps its node.
@@ -21,7 +23,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from onnx import ModelProto, NodeProto, TensorProto, helper
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxneutrino.blocked_layout import BLOCKED, WHOLE_CHANNELS, BlockedNodes, channel_block, whole
 from onnxneutrino.conv_geometry import ConvGeometry, Shape
@@ -62,7 +65,7 @@ BLOCKS_AT_ONCE = 4
 
 
 def faster_gradients(model: ModelProto) -> ModelProto:
-    """The same training graph with Conv, ConvGrad and ReluGrad rewritten where that is faster.
+    """The same training graph with Conv, ConvGrad, ReluGrad and GatherGrad rewritten where that is faster.
 
     Args:
         model: a training graph (`training_model.onnx` of the artifacts) of opset >= 13, shapes in its value_info.
@@ -94,6 +97,11 @@ class _Graph:
             if value.type.tensor_type.elem_type == TensorProto.FLOAT
         }
         self._inputs = {value.name for value in graph.input}
+        self._orders = {
+            tensor.name: numpy_helper.to_array(tensor)
+            for tensor in graph.initializer
+            if tensor.data_type in (TensorProto.INT32, TensorProto.INT64) and len(tensor.dims) == 1
+        }
 
     def finished(self, outputs: list[str]) -> list[NodeProto]:
         """All nodes, the outputs of the graph in their usual order."""
@@ -115,12 +123,22 @@ class _Graph:
                 nodes.add("Mul", [dy, mask], output=node.output[0])
         elif node.domain == MICROSOFT and node.op_type == "ConvGrad":
             self._conv_gradient(node)
+        elif node.domain == MICROSOFT and node.op_type == "GatherGrad" and self._permutes(node):
+            axis = attributes(node)["axis"].i
+            back = nodes.integers(np.argsort(self._orders[node.input[1]]).tolist())
+            nodes.add("Gather", [node.input[2], back], output=node.output[0], axis=axis)
         elif plain and node.op_type == "Conv" and node.input[1] in self._inputs:
             self._conv(node)
         elif plain and node.op_type in KEEPING_ZERO and self._alike(node.input) and nodes.stays_blocked(*node.input):
             nodes.elementwise(node.op_type, node.input, node.output[0])
         else:
             nodes.put(node)
+
+    def _permutes(self, node: NodeProto) -> bool:
+        """Whether the Gather whose gradient a GatherGrad is takes everything along its axis once."""
+        _, order, dy = node.input
+        known = order in self._orders and self._alike([dy, node.output[0]])
+        return known and np.array_equal(np.sort(self._orders[order]), np.arange(len(self._orders[order])))
 
     def _alike(self, names: Sequence[str]) -> bool:
         """Whether the shapes are known and the same: nothing is broadcast."""

@@ -1,4 +1,4 @@
-"""The rewritten training graph against the runtime's own ConvGrad and ReluGrad."""
+"""The rewritten training graph against the runtime's own ConvGrad, ReluGrad and GatherGrad."""
 
 from __future__ import annotations
 
@@ -216,6 +216,29 @@ def test_relu_gradient_is_exact() -> None:
     made = faster_gradients(model)
     assert not kinds(made)["ReluGrad"]
     np.testing.assert_array_equal(Runner(made)(values)[0], np.where(y > 0, values["dy"], 0))
+
+
+@pytest.mark.parametrize("order", [[2, 0, 3, 1], [2, 0, 3, 3], [3, 1]], ids=["all once", "one twice", "not all"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_gather_that_changes_the_order_is_undone_by_one(order: list[int], axis: int) -> None:
+    shape, picked = [4, 4, 3], [4, 4, 3]
+    picked[axis] = len(order)
+    floats = {"x": shape, "dy": picked, "y": picked, "dx": shape}
+    info = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, own) for name, own in floats.items()}
+    nodes = [
+        helper.make_node("Gather", ["x", "order"], ["y"], axis=axis),
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("GatherGrad", ["shape", "order", "dy"], ["dx"], domain=MICROSOFT, axis=axis),
+    ]
+    stored = [helper.make_tensor("order", TensorProto.INT64, [len(order)], order)]
+    graph = helper.make_graph(nodes, "gather", [info["x"], info["dy"]], [info["y"], info["dx"]], stored)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(MICROSOFT, 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    made = faster_gradients(model)
+    assert bool(kinds(made)["GatherGrad"]) == (sorted(order) != [0, 1, 2, 3])
+    values = {"x": random(*shape), "dy": random(*picked, seed=1)}
+    for found, expected in zip(Runner(made)(values), Runner(model)(values), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 NET = """

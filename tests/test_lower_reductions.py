@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, numpy_helper
 from onnx.parser import parse_model
 
 from onnxneutrino.differentiable import untrainable
+from onnxneutrino.finetune import Example, Trainer
+from onnxneutrino.graph import inferred
+from onnxneutrino.losses import Loss
 from onnxneutrino.passes import (
     lower_einsum,
     lower_group_conv,
@@ -99,6 +102,36 @@ def test_a_pool_of_unknown_shape_with_a_wrong_gradient_is_refused() -> None:
     model = parsed("g (float[n,2,d,h,w] x) => (float[n,2,e,i,j] y) { y = AveragePool <kernel_shape = [2,2,2]> (x) }")
     lowered, _ = lower_pool.run(model)
     assert untrainable(lowered, ["x"], ["y"]) == [("AveragePool_0", "AveragePool")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ("kernel_shape = [5,5], pads = [2,2,2,2]", 2),
+        ("kernel_shape = [7,7], pads = [3,1,1,2], strides = [2,1], ceil_mode = 1", 2),
+        ("kernel_shape = [5,5], pads = [4,4,4,4], dilations = [2,2], storage_order = 1", 2),
+        ("kernel_shape = [3,3], storage_order = 1", 1),
+        ("kernel_shape = [3,3], strides = [2,2]", 1),
+    ],
+)
+def test_a_max_pool_of_a_large_kernel_goes_along_its_axes(settings: str, steps: int) -> None:
+    text = f"{{ m = Add (x, z) y = MaxPool <{settings}> (m) }}"
+    model = parsed(f"g (float[2,3,9,9] x) => (float[2,3,h,w] y) <float[2,3,9,9] z> {text}")
+    # Of equal elements the first has the gradient.
+    z = np.random.default_rng(0).integers(0, 4, (2, 3, 9, 9)).astype(np.float32)
+    model.graph.initializer.add().CopyFrom(numpy_helper.from_array(z, "z"))
+    lowered, _ = lower_pool.run(model)
+    assert ops(lowered).count("MaxPool") == steps
+    x = np.zeros_like(z)
+    (wanted,) = Runner(model)({"x": x})
+    np.testing.assert_array_equal(Runner(lowered)({"x": x})[0], wanted)
+    if "storage_order" in settings:
+        return  # the runtime's own gradient is wrong
+    found = []
+    for graph in (model, lowered):
+        with Trainer(inferred(graph), ["z"], Loss("values", ("y",)), 1) as trainer:
+            found.append(trainer.gradients(Example({"x": x}, [np.zeros_like(wanted)], None))["z"])
+    np.testing.assert_allclose(*found, rtol=1e-5)
 
 
 def test_groups_that_do_not_divide_the_channels_are_kept() -> None:
