@@ -11,8 +11,8 @@ import dataclasses
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ IMAGENET_TRAIN = 600
 CAFFE_MEANS = (104.0, 117.0, 123.0)  # of blue, green, red
 GREY = 114
 YOLOX_SIZE, YOLOX_STRIDES = 416, (8, 16, 32)
-VARIED, SCALES, LIGHTS = 7, (0.6, 1.5), (0.8, 1.2)
+VARIED = 7
+SCALES, SHAPE = (0.6, 1.8), 0.4  # the second is the logarithm of the largest change of height by width
+LIGHTS, TINTS, CONTRASTS, COLOURS = (0.75, 1.25), (0.85, 1.15), (0.7, 1.3), (0.3, 1.4)
 LEAST_SCORE, MOST_OVERLAP, MOST_BOXES = 0.001, 0.65, 1000
 
 Prepare = Callable[[NDArray[np.uint8]], NDArray[Any]]
@@ -58,22 +60,28 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class Mosaics:
-    """Batches of images N×C×H×W as they are, then of `VARIED` times as many that are made of them, always the same.
+    """Batches of images N×C×H×W as they are, each followed by `VARIED` batches made of all images anew.
 
     Half of these are one image, the others four that meet at a random point (Bochkovskiy et al., YOLOv4, arXiv
-    2004.10934), each at a random size, mirrored or not, lighter or darker, and cut where it does not fit.
+    2004.10934), each of a random size, shape, light, contrast and colour, mirrored or not, and cut where it does not
+    fit. No iteration is like another: of 1024 images that were always the same a network learned half by heart.
     """
 
     images: Images
+    iterations: Iterator[int] = field(default_factory=itertools.count)
 
     def __iter__(self) -> Iterator[tuple[dict[str, NDArray[Any]], None]]:
         """Give `({input: images}, None)`."""
-        for inputs, _ in self.images:
-            yield inputs, None
-        drawn = np.random.default_rng(0)
-        for _ in range(VARIED * len(self.images.chosen) // BATCH):
-            made = [self.images.prepare(self._made(drawn)) for _ in range(BATCH)]
-            yield {self.images.name: np.stack(made)}, None
+        drawn = np.random.default_rng(next(self.iterations))
+        numbers = drawn.permutation(self.images.chosen)
+        for start in range(0, len(numbers), BATCH):
+            plain = [self.images.decoded(int(number)) for number in numbers[start : start + BATCH]]
+            yield self._batch(plain)
+            for _ in range(VARIED):
+                yield self._batch([self._made(drawn) for _ in range(BATCH)])
+
+    def _batch(self, images: Sequence[NDArray[np.uint8]]) -> tuple[dict[str, NDArray[Any]], None]:
+        return {self.images.name: np.stack([self.images.prepare(image) for image in images])}, None
 
     def _made(self, drawn: np.random.Generator) -> NDArray[np.uint8]:
         square = np.full((YOLOX_SIZE, YOLOX_SIZE, 3), GREY, np.uint8)
@@ -84,18 +92,25 @@ class Mosaics:
             place = square[rows, columns]
             if place.size:
                 image = self._varied(drawn)
-                over = np.maximum(np.subtract(image.shape[:2], place.shape[:2]), 0)
-                top, left = drawn.integers(0, over + 1)
+                over = np.subtract(image.shape[:2], place.shape[:2])
+                top, left = drawn.integers(0, np.maximum(over, 0) + 1)
                 part = image[top : top + place.shape[0], left : left + place.shape[1]]
-                place[: part.shape[0], : part.shape[1]] = part
+                top, left = drawn.integers(0, np.maximum(-over, 0) + 1)
+                place[top : top + part.shape[0], left : left + part.shape[1]] = part
         return square
 
     def _varied(self, drawn: np.random.Generator) -> NDArray[np.uint8]:
         image = Image.fromarray(self.images.decoded(int(drawn.choice(self.images.chosen))))
-        scale, light = np.exp(drawn.uniform(*np.log(SCALES))), drawn.uniform(*LIGHTS)
-        image = image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.BILINEAR)
-        turned = np.asarray(image, np.float32)[:, :: 1 if drawn.random() < 0.5 else -1]
-        found: NDArray[np.uint8] = np.clip(turned * light, 0, 255).astype(np.uint8)
+        scale, shape = np.exp(drawn.uniform(*np.log(SCALES))), np.exp(drawn.uniform(-SHAPE, SHAPE) / 2)
+        size = [max(round(side * own), 1) for side, own in zip(image.size, (scale * shape, scale / shape), strict=True)]
+        image = image.resize(size, Image.Resampling.BILINEAR)
+        pixels = np.asarray(image, np.float32)[:, :: 1 if drawn.random() < 0.5 else -1]
+        colour, contrast, light = drawn.uniform(*COLOURS), drawn.uniform(*CONTRASTS), drawn.uniform(*LIGHTS)
+        grey = pixels.mean(axis=2, keepdims=True)
+        pixels = grey + colour * (pixels - grey)
+        mean = pixels.mean()
+        pixels = (mean + contrast * (pixels - mean)) * light * drawn.uniform(*TINTS, 3)
+        found: NDArray[np.uint8] = np.clip(pixels, 0, 255).astype(np.uint8)
         return found
 
 
@@ -149,8 +164,7 @@ def visual_wake_words() -> dict[str, Images]:
 def yolox() -> dict[str, Any]:
     """COCO images in a grey square of 416, blue first, 0 to 255, NCHW; boxes for the test images alone.
 
-    The training images come once as they are, then changed: there are few, and without labels a network learns from any
-    image.
+    The training images come as they are and changed: there are few, and without labels a network learns from any image.
     """
     own = _coco("images", _squared, None)
     stored = _stored("coco256_416.npz")
