@@ -35,6 +35,7 @@ from onnxneutrino.losses import Loss, loss_inputs, teacher_loss, with_loss
 from onnxneutrino.memory import needed_for
 from onnxneutrino.runtime import session_options
 from onnxneutrino.schedules import Schedule, averaged, peak
+from onnxneutrino.units import with_units
 
 Arrays = dict[str, NDArray[Any]]
 MINIMUM_OPSET = 13
@@ -104,6 +105,7 @@ class Trainer:
         weight_decay: float = 0.0,
         statistics: Sequence[str] = (),
         state: NDArray[np.uint8] | None = None,
+        in_units: bool = False,
     ) -> None:
         """Make the artifacts.
 
@@ -116,6 +118,7 @@ class Trainer:
             weight_decay: of AdamW.
             statistics: names of the running averages of BatchNormalization in training form, which every step updates.
             state: of another trainer of the same model, to go on from; None to begin.
+            in_units: whether a step is a share of an array's own size (`units.py`).
 
         Raises:
             TrainingError: an operator between a trainable initializer and the loss has no right gradient, or
@@ -128,6 +131,7 @@ class Trainer:
         self._feeds = dict(zip(feeds, map(_dtype, graph_model.graph.input), strict=True))
         self.batch = int(graph_model.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
         self.trainable = consumed(graph_model, trainable)
+        graph_model, self._units = with_units(graph_model, self.trainable if in_units else ())
         self._statistics = statistics
         self._gradients: list[NDArray[Any]] = []
         try:
@@ -182,13 +186,17 @@ class Trainer:
         """
         with needed_for(self.batch):
             self._run(example, loss_inputs(self.loss, example.teacher, example.labels))
-        found = {name: np.array(self._state.parameters[name].grad) for name in self.trainable}
+        found = {name: np.asarray(self._state.parameters[name].grad / self._unit(name)) for name in self.trainable}
         self._module.lazy_reset_grad()
         return found
 
     def arrays(self) -> Arrays:
         """The trainable initializers and the statistics as they are now."""
-        return {name: np.array(self._state.parameters[name].data) for name in (*self.trainable, *self._statistics)}
+        names = (*self.trainable, *self._statistics)
+        return {name: np.asarray(self._state.parameters[name].data * self._unit(name)) for name in names}
+
+    def _unit(self, name: str) -> NDArray[Any]:
+        return self._units.get(name, np.ones((), np.float32))
 
     def state(self) -> NDArray[np.uint8]:
         """All that the next step follows from, AdamW's moments and number of steps included, bit for bit."""

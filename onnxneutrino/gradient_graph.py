@@ -96,7 +96,6 @@ class _Graph:
             for value in (*graph.input, *graph.value_info, *graph.output)
             if value.type.tensor_type.elem_type == TensorProto.FLOAT
         }
-        self._inputs = {value.name for value in graph.input}
         self._orders = {
             tensor.name: numpy_helper.to_array(tensor)
             for tensor in graph.initializer
@@ -127,7 +126,7 @@ class _Graph:
             axis = attributes(node)["axis"].i
             back = nodes.integers(np.argsort(self._orders[node.input[1]]).tolist())
             nodes.add("Gather", [node.input[2], back], output=node.output[0], axis=axis)
-        elif plain and node.op_type == "Conv" and node.input[1] in self._inputs:
+        elif plain and node.op_type == "Conv":
             self._conv(node)
         elif plain and node.op_type in KEEPING_ZERO and self._alike(node.input) and nodes.stays_blocked(*node.input):
             nodes.elementwise(node.op_type, node.input, node.output[0])

@@ -236,7 +236,8 @@ class GroupTraining:
         names = [name for name in self._names if name in held]
         if not names:
             return None
-        with finetune.Trainer(model, names, loss, self._threads, self._recipe.optimizer) as trainer:
+        optimizer = self._recipe.optimizer
+        with finetune.Trainer(model, names, loss, self._threads, optimizer, in_units=optimizer == "adamw") as trainer:
             return finetune.fine_tune(
                 trainer,
                 itertools.cycle(drawn),

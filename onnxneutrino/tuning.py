@@ -202,12 +202,7 @@ class Tuner:
             # Lessons of batches ahead of a step would be those of the student before it, or not, as it happens.
             ahead = source if loss.fed else prefetched(source)
             try:
-                with (
-                    finetune.Trainer(
-                        copy, names, loss, task.threads, task.recipe.optimizer, state=kept.state
-                    ) as trainer,
-                    contextlib.closing(ahead),
-                ):
+                with self._trainer(copy, names, kept.state) as trainer, contextlib.closing(ahead):
                     result = finetune.fine_tune(
                         cast(finetune.Trainer, kept.on(trainer)),
                         kept.examples(ahead),
@@ -288,8 +283,15 @@ class Tuner:
         own = self.loss.kind == "own" and self.loss.label_weight > 0  # which cannot do without
         source = examples(task.train, task.batch, task.seed, lessons, labels=own, kinds=LABEL_KINDS)
         copy = training_copy(graph, task.batch, task.types)
-        with finetune.Trainer(copy, trainable_names(task, network, graph), self.loss, task.threads) as trainer:
+        with self._trainer(copy, trainable_names(task, network, graph)) as trainer:
             return finetune.step_seconds(trainer, source)
+
+    def _trainer(
+        self, copy: ModelProto, names: Sequence[str], state: NDArray[np.uint8] | None = None
+    ) -> finetune.Trainer:
+        optimizer = self.task.recipe.optimizer
+        adaptive = optimizer == "adamw"  # the other one steps by the gradients' own size
+        return finetune.Trainer(copy, names, self.loss, self.task.threads, optimizer, state=state, in_units=adaptive)
 
     def _found_rate(
         self, copy: ModelProto, names: Sequence[str], source: Iterator[finetune.Example], seconds: float
@@ -298,7 +300,7 @@ class Tuner:
         if self._rate is None:
 
             def found() -> float:
-                with finetune.Trainer(copy, names, self.loss, self.task.threads) as trainer:
+                with self._trainer(copy, names) as trainer:
                     return range_test.find_rate(trainer, source, seconds)
 
             self._rate = self._journal.step("learning rate", found)

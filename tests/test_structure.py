@@ -47,7 +47,7 @@ TIERS = (
     ("html_report",),
     ("forms", "allocate", "losses", "data_npz", "data_folder"),
     ("candidates", "anneal", "budgets", "data", "bench", "external"),
-    ("spend", "hooks"),
+    ("spend", "hooks", "units"),
     ("passes.*",),
     ("passes",),
     ("chain_graph",),
