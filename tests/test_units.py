@@ -88,4 +88,5 @@ def test_the_first_step_of_adam_is_the_rate_times_the_unit() -> None:
         after = trainer.arrays()
     before = arrays(model)
     moved = np.abs(after["w"] - before["w"]) / units["w"]
-    assert np.median(moved[:5], axis=(1, 2, 3)) == pytest.approx(rate, rel=0.05)
+    # Gradients beside which the 1e-6 of Adam counts move less.
+    assert moved[:5].max(axis=(1, 2, 3)) == pytest.approx(rate, rel=0.05)
