@@ -91,5 +91,6 @@ def test_the_first_step_of_adam_is_the_rate_times_the_unit() -> None:
     before = arrays(model)
     for name, own in gradients.items():
         clipped = own / max(norm, 1.0)
-        wanted = -rate * units[name] * clipped / (np.abs(clipped) + 1e-6)
+        # The runtime's 1e-6 stands beside a second moment that is not yet corrected, 0.001 of the square.
+        wanted = -rate * units[name] * clipped / (np.abs(clipped) + 1e-6 / np.sqrt(0.001))
         np.testing.assert_allclose(after[name] - before[name], wanted, rtol=0.02, atol=1e-2 * rate * units[name].max())
