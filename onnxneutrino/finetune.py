@@ -128,11 +128,12 @@ class Trainer:
         check_gradients(graph_model, trainable, [value.name for value in graph_model.graph.output], bool(statistics))
         self.loss = loss
         self._folder = tempfile.TemporaryDirectory(prefix="onnxneutrino-")
-        self._feeds = dict(zip(feeds, map(_dtype, graph_model.graph.input), strict=True))
+        kinds = [element_dtype(value.type.tensor_type.elem_type) for value in graph_model.graph.input]
+        self._feeds = dict(zip(feeds, kinds, strict=True))
         self.batch = int(graph_model.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
         self.trainable = consumed(graph_model, trainable)
-        graph_model, self._units = with_units(graph_model, self.trainable if in_units else ())
-        self._statistics = statistics
+        graph_model, units = with_units(graph_model, self.trainable if in_units else ())
+        self._units = dict.fromkeys((*self.trainable, *statistics), np.ones((), np.float32)) | units
         self._gradients: list[NDArray[Any]] = []
         try:
             self._module, self._optimizer, self._state = _artifacts(
@@ -186,17 +187,13 @@ class Trainer:
         """
         with needed_for(self.batch):
             self._run(example, loss_inputs(self.loss, example.teacher, example.labels))
-        found = {name: np.asarray(self._state.parameters[name].grad / self._unit(name)) for name in self.trainable}
+        found = {name: np.asarray(self._state.parameters[name].grad / self._units[name]) for name in self.trainable}
         self._module.lazy_reset_grad()
         return found
 
     def arrays(self) -> Arrays:
         """The trainable initializers and the statistics as they are now."""
-        names = (*self.trainable, *self._statistics)
-        return {name: np.asarray(self._state.parameters[name].data * self._unit(name)) for name in names}
-
-    def _unit(self, name: str) -> NDArray[Any]:
-        return self._units.get(name, np.ones((), np.float32))
+        return {name: np.asarray(self._state.parameters[name].data * unit) for name, unit in self._units.items()}
 
     def state(self) -> NDArray[np.uint8]:
         """All that the next step follows from, AdamW's moments and number of steps included, bit for bit."""
@@ -231,10 +228,6 @@ def _check_disk(error: Exception) -> None:
     full = os.strerror(errno.ENOSPC)
     if full in str(error):
         raise OSError(errno.ENOSPC, full, tempfile.gettempdir()) from error
-
-
-def _dtype(value: onnx.ValueInfoProto) -> np.dtype[Any]:
-    return element_dtype(value.type.tensor_type.elem_type)
 
 
 def consumed(model: ModelProto, names: Sequence[str]) -> list[str]:
