@@ -98,9 +98,9 @@ def test_compress_a_large_model(folder: Path, trainer: str, monkeypatch: pytest.
     steps: list[int] = []
     kept = Trainer.__init__
 
-    def watched(self: Trainer, model: ModelProto, *rest: object) -> None:
+    def watched(self: Trainer, model: ModelProto, *rest: object, **named: object) -> None:
         steps.append(graph.data_bytes(model))
-        kept(self, model, *rest)  # type: ignore[arg-type]
+        kept(self, model, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Trainer, "__init__", watched)
     given = graph.load(folder / "in.onnx").model
