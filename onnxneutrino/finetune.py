@@ -132,7 +132,7 @@ class Trainer:
         self._feeds = dict(zip(feeds, kinds, strict=True))
         self.batch = int(graph_model.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
         self.trainable = consumed(graph_model, trainable)
-        graph_model, units = with_units(graph_model, self.trainable if in_units else ())
+        graph_model, units = with_units(graph_model, self.trainable) if in_units else (graph_model, {})
         self._units = dict.fromkeys((*self.trainable, *statistics), np.ones((), np.float32)) | units
         self._gradients: list[NDArray[Any]] = []
         try:
