@@ -1,8 +1,8 @@
 """Training copy: Resize and Upsample become fixed products along each axis, which have gradients.
 
 With `M` the matrix `[m, n]` of one axis (`onnxneutrino.resampling`), `y = M x` along that axis, axis after axis.
-Nearest by a whole factor is Reshape, Concat, Reshape (692 224 columns twice took 0.7 ms, the gradient 1.0; an Expand 9.2
-and 46); any other nearest is a Gather.
+Nearest by a whole factor is Reshape, Concat, Reshape (692 224 columns twice took 0.7 ms, the gradient 1.0; an Expand
+9.2 and 46); any other nearest is a Gather.
 
 Upsample and Resize of opset 10 always mean `asymmetric` coordinates; ONNX's version converter makes them a Resize
 with `half_pixel`, so this pass must see them first.
