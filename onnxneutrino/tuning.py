@@ -40,6 +40,7 @@ LABEL_WEIGHTS = (0.1, 0.8)
 LABEL_KINDS = "iufb"
 STOP_IMAGES = 1000
 HALF = 0.5
+DOUBT = 2.0  # standard errors
 
 
 class Looks:
@@ -368,7 +369,10 @@ class Tuner:
         return Tuned(better, record, (*warnings, *vain), self._rate, self.task.batch)
 
     def _better(self, before: Network, after: Network) -> Network:
-        """`before` where `after` scores worse by more than its error, on held-out training images and deciding ones.
+        """`before` where `after` scores worse by more than twice its error, on held-out training images and deciding ones.
+
+        What was trained is nearer to its teacher, and a plan that was chosen by few images looks better on these than
+        it is: YOLOX-nano on 64 images lost 0.002 before a fine-tune and 0.033 on 128.
 
         The original has memorised the first, and a network made from it loses that memory when it is trained: there
         alone a worse score says little. Without them the others decide alone.
@@ -380,7 +384,7 @@ class Tuner:
         split = split.subset(np.arange(min(len(split), STOP_IMAGES)))
         rows = [metric_rows(self.task, network, split) for network in (before, after)]
         lost = metrics.drop(self.task.metric, rows[0], rows[1], seed=self.task.seed)
-        return lost.value > lost.standard_error
+        return lost.value > DOUBT * lost.standard_error
 
 
 def metric_rows(task: Task, network: Network, split: Split) -> NDArray[Any]:
