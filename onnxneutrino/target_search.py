@@ -18,7 +18,7 @@ from onnxneutrino.spend import FINEST_RATIO, trim
 
 FIRST_STEP = 1.5
 FIRST_SHARE = 0.35
-TARGET_SHARE = 0.75  # of the time, where a delta may send the search on
+TARGET_SHARE = 0.6  # of the time, where a delta may send the search on
 REST_SHARE = 0.45  # of what is then left, for the first step
 
 
