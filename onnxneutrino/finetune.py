@@ -118,21 +118,21 @@ class Trainer:
             weight_decay: of AdamW.
             statistics: names of the running averages of BatchNormalization in training form, which every step updates.
             state: of another trainer of the same model, to go on from; None to begin.
-            in_units: whether a step is a share of an array's own size (`units.py`).
+            in_units: whether a step of AdamW is a share of an array's own size (`units.py`); one of SGD never is.
 
         Raises:
             TrainingError: an operator between a trainable initializer and the loss has no right gradient, or
                 the training runtime refuses the graph.
         """
-        graph_model, feeds = with_loss(model, loss)
+        graph_model, _ = with_loss(model, loss)
         check_gradients(graph_model, trainable, [value.name for value in graph_model.graph.output], bool(statistics))
         self.loss = loss
         self._folder = tempfile.TemporaryDirectory(prefix="onnxneutrino-")
-        kinds = [element_dtype(value.type.tensor_type.elem_type) for value in graph_model.graph.input]
-        self._feeds = dict(zip(feeds, kinds, strict=True))
+        self._feeds = {value.name: element_dtype(value.type.tensor_type.elem_type) for value in graph_model.graph.input}
         self.batch = int(graph_model.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
         self.trainable = consumed(graph_model, trainable)
-        graph_model, units = with_units(graph_model, self.trainable) if in_units else (graph_model, {})
+        adaptive = in_units and optimizer == "adamw"
+        graph_model, units = with_units(graph_model, self.trainable) if adaptive else (graph_model, {})
         self._units = dict.fromkeys((*self.trainable, *statistics), np.ones((), np.float32)) | units
         self._gradients: list[NDArray[Any]] = []
         try:

@@ -236,8 +236,7 @@ class GroupTraining:
         names = [name for name in self._names if name in held]
         if not names:
             return None
-        optimizer = self._recipe.optimizer
-        with finetune.Trainer(model, names, loss, self._threads, optimizer, in_units=optimizer == "adamw") as trainer:
+        with finetune.Trainer(model, names, loss, self._threads, self._recipe.optimizer, in_units=True) as trainer:
             return finetune.fine_tune(
                 trainer,
                 itertools.cycle(drawn),

@@ -291,8 +291,7 @@ class Tuner:
         self, copy: ModelProto, names: Sequence[str], state: NDArray[np.uint8] | None = None
     ) -> finetune.Trainer:
         optimizer = self.task.recipe.optimizer
-        adaptive = optimizer == "adamw"  # the other one steps by the gradients' own size
-        return finetune.Trainer(copy, names, self.loss, self.task.threads, optimizer, state=state, in_units=adaptive)
+        return finetune.Trainer(copy, names, self.loss, self.task.threads, optimizer, state=state, in_units=True)
 
     def _found_rate(
         self, copy: ModelProto, names: Sequence[str], source: Iterator[finetune.Example], seconds: float

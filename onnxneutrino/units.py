@@ -14,10 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from onnxneutrino.graph import copied
+from onnxneutrino.graph import arrays, attributes, replace_uses, with_arrays
 from onnxneutrino.plan import Array
-from onnxneutrino.walk import attributes
-from onnxneutrino.weights import array
 
 UNIT, WEIGHT = "/onnxneutrino/unit", "/onnxneutrino/weight"
 COMMON = 0.1  # root mean square of what is trained
@@ -34,31 +32,21 @@ def with_units(model: ModelProto, names: Sequence[str]) -> tuple[ModelProto, dic
     Returns:
         The copy, and `u` by name, of shapes that broadcast to those of the arrays.
     """
-    copy = copied(model)
     wanted = set(names)
     axes: dict[str, int | None] = {}
-    for node in copy.graph.node:
+    for node in model.graph.node:
         for index, name in enumerate(node.input):
             if name in wanted:
                 axis = _output_axis(node, index)
                 axes[name] = axis if axes.get(name, axis) == axis else None
-    units: dict[str, Array] = {}
-    made: list[NodeProto] = []
-    for tensor in copy.graph.initializer:
-        if tensor.name in axes:
-            value = np.asarray(array(tensor), np.float32)
-            unit = units[tensor.name] = _unit(value, axes[tensor.name])
-            tensor.CopyFrom(numpy_helper.from_array(value / unit, tensor.name))
+    held = arrays(model)
+    values = {name: np.asarray(held[name], np.float32) for name in axes}
+    units = {name: _unit(value, axes[name]) for name, value in values.items()}
+    copy = with_arrays(model, {name: np.asarray(value / units[name]) for name, value in values.items()})
     for name, unit in units.items():
         copy.graph.initializer.append(numpy_helper.from_array(unit, name + UNIT))
-        made.append(helper.make_node("Mul", [name, name + UNIT], [name + WEIGHT], name + WEIGHT))
-    for node in copy.graph.node:
-        for index, name in enumerate(node.input):
-            if name in units:
-                node.input[index] = name + WEIGHT
-    nodes = [*made, *(NodeProto.FromString(node.SerializeToString()) for node in copy.graph.node)]
-    del copy.graph.node[:]
-    copy.graph.node.extend(nodes)
+        replace_uses(copy.graph, name, name + WEIGHT)
+        copy.graph.node.insert(0, helper.make_node("Mul", [name, name + UNIT], [name + WEIGHT], name + WEIGHT))
     return copy, units
 
 
