@@ -32,11 +32,11 @@ from onnxneutrino.config import load_config
 from onnxneutrino.data import Split, deciding
 from onnxneutrino.graph import load
 from onnxneutrino.ladder import Ladder
+from onnxneutrino.looks import metric_rows
 from onnxneutrino.marking import mark
 from onnxneutrino.proposals import POWERS, predicted
 from onnxneutrino.summary import versions
 from onnxneutrino.task import Task
-from onnxneutrino.tuning import metric_rows
 from onnxneutrino.workbench import Workbench
 
 DROPS = (2.0, 5.0)

@@ -27,13 +27,14 @@ from onnxneutrino.errors import TrainingError
 from onnxneutrino.factors import Factors
 from onnxneutrino.forms import full_ranks
 from onnxneutrino.layer_options import Objective
+from onnxneutrino.looks import metric_rows
 from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Choice, Layer
 from onnxneutrino.probe import divergence, probe_batches
 from onnxneutrino.runtime import Runner
 from onnxneutrino.sensitivity import Curve
 from onnxneutrino.task import Network, Task, build
-from onnxneutrino.tuning import Tuner, metric_rows
+from onnxneutrino.tuning import Tuner
 
 BISECTIONS = 40
 PROBE_IMAGES = 256

@@ -34,6 +34,7 @@ from onnxneutrino.bench import Candidate
 from onnxneutrino.errors import ModelError, TrainingError
 from onnxneutrino.finetune import Example
 from onnxneutrino.graph import load
+from onnxneutrino.looks import Looks
 from onnxneutrino.losses import PREFIX, Loss, loss_inputs
 from onnxneutrino.normalize import relative_error, restored
 from onnxneutrino.passes import fold_constants, free_batch, slim
@@ -42,7 +43,6 @@ from onnxneutrino.runtime import Runner
 from onnxneutrino.task import Network, Task
 from onnxneutrino.teaching import Lessons, examples
 from onnxneutrino.training_plan import TrainingPlan
-from onnxneutrino.tuning import Looks
 
 BISECTIONS = 10
 LEAST_KEPT = 0.03

@@ -213,8 +213,8 @@ def measure(task: Task, network: Network, turns: int) -> dict[str, Any]:
     result: dict[str, Any] = {"batch": task.batch}
     with ExitStack() as stack:
         with mock.patch.object(finetune, "faster_gradients", lambda model: model):
-            stock = stack.enter_context(Trainer(copy, names, loss, task.threads, in_units=True))
-        rewritten = stack.enter_context(Trainer(copy, names, loss, task.threads, in_units=True))
+            stock = stack.enter_context(Trainer(copy, names, loss, task.threads, directions={}))
+        rewritten = stack.enter_context(Trainer(copy, names, loss, task.threads, directions={}))
         forward = Runner(copy, threads=task.threads)
         ways: dict[str, Way] = {
             "stock": lambda: stock.step(example, RATE),

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxneutrino import clock
+from onnxneutrino.conv_geometry import windows
 from onnxneutrino.factors import Moments
 from onnxneutrino.moments import BLOCK, MomentSum
 from onnxneutrino.plan import Array, Geometry, Layer
@@ -54,27 +55,12 @@ def patches(layer: Layer, geometry: Geometry, tensor: NDArray[Any], positions: N
 
     `tensor` is what the stage reads: `(n, I, H, W)`, `(n, I, L)`, `(n, I, D, H, W)`, `(n, I)` or `(n, ..., I)`.
     """
-    examples, count = positions.shape
-    rows = np.repeat(np.arange(examples), count)
-    flat = positions.reshape(-1)
     if layer.kind in ("gemm", "matmul"):
-        return np.asarray(tensor.reshape(examples, -1, tensor.shape[-1])[rows, flat], np.float32)
+        rows = np.arange(len(positions))[:, None]
+        picked = tensor.reshape(len(positions), -1, tensor.shape[-1])[rows, positions]
+        return np.asarray(picked.reshape(positions.size, -1), np.float32)
     image = tensor[..., None] if layer.kind == "conv1d" else tensor
-    size = geometry.output_size(*image.shape[2:])
-    if any(geometry.pads):
-        image = np.pad(image, ((0, 0), (0, 0), *geometry.margins))
-    n, c, *axes = image.strides
-    between = [step * stride for step, stride in zip(axes, geometry.strides, strict=True)]
-    within = [step * dilation for step, dilation in zip(axes, geometry.dilations, strict=True)]
-    windows = np.lib.stride_tricks.as_strided(
-        image,
-        (image.shape[0], *size, image.shape[1], *geometry.kernel),
-        (n, *between, c, *within),
-        writeable=False,
-    )
-    places = (rows, *np.unravel_index(flat, size))
-    picked = windows[places]
-    return np.asarray(picked.reshape(len(rows), -1), np.float32)
+    return np.asarray(windows(geometry, image, positions), np.float32)
 
 
 def outputs_at(layer: Layer, tensor: NDArray[Any], positions: NDArray[np.int64]) -> Array:

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from onnxneutrino.plan import Geometry
 
 Shape = tuple[int, ...]
@@ -92,3 +95,29 @@ def padded(size: Iterable[int], pads: Shape) -> Shape:
     sizes = tuple(size)
     ends = zip(sizes, pads, pads[len(sizes) :], strict=False)
     return tuple(length + low + high for length, low, high in ends)
+
+
+def windows(geometry: Geometry, maps: NDArray[Any], positions: NDArray[np.integer]) -> NDArray[Any]:
+    """What a kernel covers at `positions` `(N, k)` of its outputs: `(N·k, C·taps)`, in the order of a weight.
+
+    Args:
+        geometry: of the Conv.
+        maps: N×C×map.
+        positions: numbers of places in the map of outputs, row by row.
+    """
+    size = geometry.output_size(*maps.shape[2:])
+    if any(geometry.pads):
+        maps = np.pad(maps, ((0, 0), (0, 0), *geometry.margins))
+    n, c, *axes = maps.strides
+    between = [step * stride for step, stride in zip(axes, geometry.strides, strict=True)]
+    within = [step * dilation for step, dilation in zip(axes, geometry.dilations, strict=True)]
+    covered = np.lib.stride_tricks.as_strided(
+        maps,
+        (maps.shape[0], *size, maps.shape[1], *geometry.kernel),
+        (n, *between, c, *within),
+        writeable=False,
+    )
+    rows = np.repeat(np.arange(len(positions)), positions.shape[1])
+    places = (rows, *np.unravel_index(positions.reshape(-1), size))
+    picked = covered[places]
+    return np.asarray(picked.reshape(len(rows), -1))

@@ -27,7 +27,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from onnxneutrino import clock
+from onnxneutrino.coordinates import Coordinates, with_coordinates
 from onnxneutrino.differentiable import untrainable
+from onnxneutrino.directions import Directions
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.gradient_graph import faster_gradients
 from onnxneutrino.graph import RUNTIME_IR, element_dtype
@@ -35,7 +37,6 @@ from onnxneutrino.losses import Loss, loss_inputs, teacher_loss, with_loss
 from onnxneutrino.memory import needed_for
 from onnxneutrino.runtime import session_options
 from onnxneutrino.schedules import Schedule, averaged, peak
-from onnxneutrino.units import with_units
 
 Arrays = dict[str, NDArray[Any]]
 MINIMUM_OPSET = 13
@@ -105,7 +106,7 @@ class Trainer:
         weight_decay: float = 0.0,
         statistics: Sequence[str] = (),
         state: NDArray[np.uint8] | None = None,
-        in_units: bool = False,
+        directions: Mapping[str, Directions] | None = None,
     ) -> None:
         """Make the artifacts.
 
@@ -118,7 +119,8 @@ class Trainer:
             weight_decay: of AdamW.
             statistics: names of the running averages of BatchNormalization in training form, which every step updates.
             state: of another trainer of the same model, to go on from; None to begin.
-            in_units: whether a step of AdamW is a share of an array's own size (`units.py`); one of SGD never is.
+            directions: of what weights multiply, to which steps of AdamW are turned, shares of an array's own size
+                (`coordinates.py`); None for steps as they are, as those of SGD always are.
 
         Raises:
             TrainingError: an operator between a trainable initializer and the loss has no right gradient, or
@@ -131,9 +133,10 @@ class Trainer:
         self._feeds = {value.name: element_dtype(value.type.tensor_type.elem_type) for value in graph_model.graph.input}
         self.batch = int(graph_model.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
         self.trainable = consumed(graph_model, trainable)
-        adaptive = in_units and optimizer == "adamw"
-        graph_model, units = with_units(graph_model, self.trainable) if adaptive else (graph_model, {})
-        self._units = dict.fromkeys((*self.trainable, *statistics), np.ones((), np.float32)) | units
+        self._coordinates = Coordinates({}, {}, {}, {})
+        if directions is not None and optimizer == "adamw":
+            graph_model, self._coordinates = with_coordinates(graph_model, self.trainable, directions)
+        self._names = (*self.trainable, *statistics)
         self._gradients: list[NDArray[Any]] = []
         try:
             self._module, self._optimizer, self._state = _artifacts(
@@ -180,20 +183,20 @@ class Trainer:
         return loss - teacher_loss(self.loss, example.teacher, given)
 
     def gradients(self, example: Example) -> Arrays:
-        """Gradients of the loss by initializer name, for one batch; nothing is updated.
+        """Gradients of the loss by what is trained, for one batch; nothing is updated.
 
         Raises:
             MemoryError: for a batch of this size; the trainer is of no more use.
         """
         with needed_for(self.batch):
             self._run(example, loss_inputs(self.loss, example.teacher, example.labels))
-        found = {name: np.asarray(self._state.parameters[name].grad / self._units[name]) for name in self.trainable}
+        found = {name: np.array(self._state.parameters[name].grad) for name in self.trainable}
         self._module.lazy_reset_grad()
         return found
 
     def arrays(self) -> Arrays:
         """The trainable initializers and the statistics as they are now."""
-        return {name: np.asarray(self._state.parameters[name].data * unit) for name, unit in self._units.items()}
+        return self._coordinates.arrays({name: self._state.parameters[name].data for name in self._names})
 
     def state(self) -> NDArray[np.uint8]:
         """All that the next step follows from, AdamW's moments and number of steps included, bit for bit."""
@@ -393,8 +396,3 @@ def fine_tune(
         if not np.isfinite(array).all():  # what the last step did shows in no loss
             raise NotFiniteError(f"'{name}' is not finite after training; lower the learning rate or check the data")
     return Trained(arrays, tuple(losses), schedule, clock.now() - start)
-
-
-def trainable_arrays(arrays: Mapping[str, NDArray[Any]], names: Sequence[str]) -> list[str]:
-    """Those `names` that are float arrays, float16 among them: a training copy holds these as float32."""
-    return [name for name in names if name in arrays and arrays[name].dtype in (np.float32, np.float16)]

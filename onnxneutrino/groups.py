@@ -236,7 +236,7 @@ class GroupTraining:
         names = [name for name in self._names if name in held]
         if not names:
             return None
-        with finetune.Trainer(model, names, loss, self._threads, self._recipe.optimizer, in_units=True) as trainer:
+        with finetune.Trainer(model, names, loss, self._threads, self._recipe.optimizer, directions={}) as trainer:
             return finetune.fine_tune(
                 trainer,
                 itertools.cycle(drawn),

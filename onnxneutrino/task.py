@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from onnxneutrino import finetune, metrics
+from onnxneutrino import metrics
 from onnxneutrino.config import TrainConfig
 from onnxneutrino.data import Split
 from onnxneutrino.external import External
@@ -156,7 +157,10 @@ def trainable_names(task: Task, network: Network, graph: ModelProto) -> list[str
         if layer.name in network.factors
         for name in stage_names(layer, network.factors[layer.name])
     ]
-    return finetune.trainable_arrays(graph_arrays(graph), [*names, *task.trainable])
+    held = graph_arrays(graph)
+    # A training copy holds those of float16 as float32.
+    floats = (np.float32, np.float16)
+    return [name for name in (*names, *task.trainable) if name in held and held[name].dtype in floats]
 
 
 def untouched_nodes(marked: Marked) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -16,6 +17,7 @@ from onnx import ModelProto
 from onnxneutrino import clock, finetune, metrics, range_test
 from onnxneutrino.calibrate import Keep, in_place
 from onnxneutrino.data import Split
+from onnxneutrino.directions import Directions, input_directions
 from onnxneutrino.errors import TrainingError
 from onnxneutrino.events import TrainingStatus
 from onnxneutrino.external import External
@@ -23,63 +25,23 @@ from onnxneutrino.groups import GroupTraining, grouped
 from onnxneutrino.journal import UNKEPT, Journal
 from onnxneutrino.kept_training import KeptTraining
 from onnxneutrino.large import GROUP_BYTES
+from onnxneutrino.looks import STOP_IMAGES, Looks, metric_rows
 from onnxneutrino.losses import Loss
-from onnxneutrino.memory import Made, fitting
+from onnxneutrino.memory import Made, fitting, needed_for
 from onnxneutrino.passes.factorize import read_factors, stage_arrays, stage_names
 from onnxneutrino.prefetch import prefetched
-from onnxneutrino.prepare import evaluate
 from onnxneutrino.runtime import Runner
 from onnxneutrino.task import FineTune, Network, Task, Tuned, build, trainable_names
 from onnxneutrino.teaching import Lessons, Memory, examples, teacher_error
 from onnxneutrino.training_copy import check_training_copy, training_copy
 
 RATE_SHARE = 0.1
+SEEN_BATCHES = 8
 RATE_BATCHES = 32  # the range test takes 30 at most
 TEACHER_BATCHES = 16
 LABEL_WEIGHTS = (0.1, 0.8)
 LABEL_KINDS = "iufb"
-STOP_IMAGES = 1000
-HALF = 0.5
 DOUBT = 2.0  # standard errors
-
-
-class Looks:
-    """What is seen of a network while it is trained: its metric on the first deciding images.
-
-    Called with arrays, step and share of the steps, as `finetune.fine_tune` does; True after half of the steps where
-    the drop is above `hopeless` by more than its standard error.
-    """
-
-    def __init__(self, task: Task, learned: Callable[[Mapping[str, NDArray[Any]]], Network], hopeless: float) -> None:
-        """Take the task, what makes a network of trained arrays, and the drop above which there is no hope."""
-        self._task, self._learned, self._hopeless = task, learned, hopeless
-        few = np.arange(min(len(task.select), STOP_IMAGES))
-        self._images, self._rows = task.select.subset(few), task.original_rows[few]
-        original = metrics.value(task.metric, self._rows)
-        lowest = original - task.delta if task.metric.higher_is_better else original + task.delta
-        self._floor = lowest if math.isfinite(lowest) else None
-        self.seen: dict[int, float] = {}
-
-    def __call__(self, arrays: Mapping[str, NDArray[Any]], step: int, share: float) -> bool:
-        """Whether training should end here."""
-        task = self._task
-        rows = metric_rows(task, self._learned(arrays), self._images)
-        self.seen[step] = metrics.value(task.metric, rows)
-        if share != HALF:
-            return False
-        drop = metrics.drop(task.metric, self._rows, rows, seed=task.seed)
-        return drop.value - drop.standard_error > self._hopeless
-
-    def status(self, name: str, step: int, steps: int, loss: float) -> TrainingStatus:
-        """How far the fine-tune of the candidate `name` is."""
-        epoch = step * self._task.batch / max(len(self._task.train), 1)
-        seen = next(reversed(self.seen.values()), None)
-        return TrainingStatus(name, step, steps, epoch, loss, self._task.metric.name, seen, self._floor)
-
-    def record(self, name: str, result: finetune.Trained) -> FineTune:
-        """The fine-tune for the report."""
-        rate, batch = result.schedule.learning_rate, result.schedule.batch
-        return FineTune(name, len(result.losses), batch, rate, result.losses, self.seen, self._floor)
 
 
 class Tuner:
@@ -203,7 +165,7 @@ class Tuner:
             # Lessons of batches ahead of a step would be those of the student before it, or not, as it happens.
             ahead = source if loss.fed else prefetched(source)
             try:
-                with self._trainer(copy, names, kept.state) as trainer, contextlib.closing(ahead):
+                with self._trainer(copy, names, directions, kept.state) as trainer, contextlib.closing(ahead):
                     result = finetune.fine_tune(
                         cast(finetune.Trainer, kept.on(trainer)),
                         kept.examples(ahead),
@@ -227,7 +189,8 @@ class Tuner:
             if self._keep is not None:
                 arrays, record = self._grouped(network, copy, names, left, name)
             else:
-                rate = self._found_rate(copy, names, drawn(), RATE_SHARE * left)
+                directions = self._directions(copy, names)
+                rate = self._found_rate(copy, names, directions, drawn(), RATE_SHARE * left)
                 left = seconds - (clock.now() - start)
                 made = self._journal.step("training at the found rate", lambda: trained(rate, left))
                 if isinstance(made, str):
@@ -284,23 +247,42 @@ class Tuner:
         own = self.loss.kind == "own" and self.loss.label_weight > 0  # which cannot do without
         source = examples(task.train, task.batch, task.seed, lessons, labels=own, kinds=LABEL_KINDS)
         copy = training_copy(graph, task.batch, task.types)
-        with self._trainer(copy, trainable_names(task, network, graph)) as trainer:
+        with self._trainer(copy, trainable_names(task, network, graph), {}) as trainer:
             return finetune.step_seconds(trainer, source)
 
     def _trainer(
-        self, copy: ModelProto, names: Sequence[str], state: NDArray[np.uint8] | None = None
+        self,
+        copy: ModelProto,
+        names: Sequence[str],
+        directions: Mapping[str, Directions],
+        state: NDArray[np.uint8] | None = None,
     ) -> finetune.Trainer:
-        optimizer = self.task.recipe.optimizer
-        return finetune.Trainer(copy, names, self.loss, self.task.threads, optimizer, state=state, in_units=True)
+        task = self.task
+        return finetune.Trainer(
+            copy, names, self.loss, task.threads, task.recipe.optimizer, state=state, directions=directions
+        )
+
+    def _directions(self, copy: ModelProto, names: Sequence[str]) -> dict[str, Directions]:
+        """What the layers of a network in training read, on a few training batches."""
+        task = self.task
+        drawn = examples(task.train, task.batch, task.seed, Lessons(lambda inputs: [], None), False)
+        with needed_for(task.batch):
+            seen = [own.inputs for own in itertools.islice(drawn, SEEN_BATCHES)]
+            return input_directions(copy, names, seen, task.threads)
 
     def _found_rate(
-        self, copy: ModelProto, names: Sequence[str], source: Iterator[finetune.Example], seconds: float
+        self,
+        copy: ModelProto,
+        names: Sequence[str],
+        directions: Mapping[str, Directions],
+        source: Iterator[finetune.Example],
+        seconds: float,
     ) -> float:
         """The learning rate: the user's; else found on the first network, and used for all that follow from it."""
         if self._rate is None:
 
             def found() -> float:
-                with self._trainer(copy, names) as trainer:
+                with self._trainer(copy, names, directions) as trainer:
                     return range_test.find_rate(trainer, source, seconds)
 
             self._rate = self._journal.step("learning rate", found)
@@ -382,9 +364,3 @@ class Tuner:
         rows = [metric_rows(self.task, network, split) for network in (before, after)]
         lost = metrics.drop(self.task.metric, rows[0], rows[1], seed=self.task.seed)
         return lost.value > DOUBT * lost.standard_error
-
-
-def metric_rows(task: Task, network: Network, split: Split) -> NDArray[Any]:
-    """Metric statistics of a network on a split."""
-    model = build(task, network, batched=True)
-    return evaluate(model, split, task.metric, task.evaluation_batch, task.threads, task.batched)

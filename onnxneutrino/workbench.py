@@ -29,6 +29,7 @@ from onnxneutrino.figures import figures
 from onnxneutrino.journal import UNKEPT, Journal
 from onnxneutrino.large import calibration_rows, is_large, probe_rows
 from onnxneutrino.layer_options import GOAL, LayerOptions, chains, kept_factors
+from onnxneutrino.looks import metric_rows
 from onnxneutrino.passes.factorize import last_stage
 from onnxneutrino.passes.find_layers import find_layers
 from onnxneutrino.plan import Choice, Layer
@@ -40,7 +41,7 @@ from onnxneutrino.segments import between, resting_places
 from onnxneutrino.sensitivity import Curve, measured_sensitivities
 from onnxneutrino.spool import Spool
 from onnxneutrino.task import Network, Task, build
-from onnxneutrino.tuning import Tuner, metric_rows
+from onnxneutrino.tuning import Tuner
 from onnxneutrino.weightings import output_weightings
 
 CALIBRATION_BATCH = 32  # the inputs of all layers are in memory at once
