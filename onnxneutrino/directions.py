@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from onnxneutrino.conv_geometry import windows
-from onnxneutrino.graph import arrays, attribute_values
+from onnxneutrino.graph import arrays, attribute_values, element_dtype, real_inputs
 from onnxneutrino.plan import Array, Geometry
 from onnxneutrino.runtime import Runner
 
@@ -107,10 +107,13 @@ def input_directions(
     shapes = {name: np.shape(own) for name, own in arrays(model).items()}
     tensors = list(dict.fromkeys(node.input[0] for node, _ in layers))
     run = Runner(model, tensors, threads=threads)
+    # A copy takes float32 where the model takes float16.
+    kinds = {value.name: element_dtype(value.type.tensor_type.elem_type) for value in real_inputs(model)}
     sketches: dict[str, CovarianceSketch] = {}
     generator = np.random.default_rng(0)
     for batch in batches:
-        values = dict(zip(tensors, run(batch), strict=True))
+        given = {name: np.asarray(batch[name], kind) for name, kind in kinds.items()}
+        values = dict(zip(tensors, run(given), strict=True))
         for node, bias in layers:
             rows = _rows(node, shapes[node.input[1]], values[node.input[0]], generator)
             sketch = sketches.setdefault(node.input[1], CovarianceSketch(rows.shape[1], bool(bias)))

@@ -23,6 +23,7 @@ from onnxneutrino.passes.factorize import factorize, stage_names
 from onnxneutrino.plan import Frozen, Layer
 from onnxneutrino.prepare import Opened
 from onnxneutrino.training_plan import TrainingPlan
+from onnxneutrino.walk import read_behind
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,17 +151,24 @@ def build(task: Task, network: Network, batched: bool = False) -> ModelProto:
 
 
 def trainable_names(task: Task, network: Network, graph: ModelProto) -> list[str]:
-    """Float initializers of `graph` that training may change: all stages, and the task's others still there."""
-    names = [
+    """Float initializers of `graph` that training may change: all stages, and the task's others behind them.
+
+    What stands before all that was changed computes what it does in the original, and has nothing to learn from it.
+    """
+    stages = [
         name
         for layer in task.layers
         if layer.name in network.factors
         for name in stage_names(layer, network.factors[layer.name])
     ]
     held = graph_arrays(graph)
-    # A training copy holds those of float16 as float32.
-    floats = (np.float32, np.float16)
-    return [name for name in (*names, *task.trainable) if name in held and held[name].dtype in floats]
+    changed = {*stages, *network.arrays}
+    if task.teacher is not None:
+        before = graph_arrays(task.teacher)
+        changed |= {name for name, own in held.items() if not np.array_equal(own, before.get(name, ()))}
+    behind = read_behind(graph.graph, changed) if changed else held
+    floats = {name for name, own in held.items() if own.dtype in (np.float32, np.float16)}
+    return [name for name in (*stages, *task.trainable) if name in behind and name in floats]
 
 
 def untouched_nodes(marked: Marked) -> set[str]:

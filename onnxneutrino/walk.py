@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
@@ -142,6 +142,17 @@ def consumers(graph: GraphProto) -> dict[str, list[NodeProto | None]]:
             found.setdefault(name, []).append(node)
     for value in graph.output:
         found.setdefault(value.name, []).append(None)
+    return found
+
+
+def read_behind(graph: GraphProto, names: Collection[str]) -> set[str]:
+    """All that is read by nodes that read one of `names`, and by nodes that what these compute gets to."""
+    found, reached = set[str](), set(names)
+    for node in graph.node:
+        own = set(reads(node))
+        if own & reached:
+            reached.update(node.output)
+            found |= own
     return found
 
 

@@ -25,11 +25,12 @@ from onnxneutrino.forms import full_ranks
 from onnxneutrino.graph import TensorType, arrays, check, with_arrays
 from onnxneutrino.layer_options import GOAL, Target
 from onnxneutrino.marking import mark
+from onnxneutrino.passes.factorize import stage_names
 from onnxneutrino.plan import Choice, Form
 from onnxneutrino.probe import divergence
 from onnxneutrino.runtime import Runner
 from onnxneutrino.sensitivity import Curve
-from onnxneutrino.task import Network, Task, build
+from onnxneutrino.task import Network, Task, build, trainable_names
 from onnxneutrino.training_copy import training_copy
 from onnxneutrino.workbench import Workbench
 
@@ -144,6 +145,18 @@ def test_the_task_holds_the_layers_that_may_change(task: Task) -> None:
     assert [layer.name for layer in task.layers] == ["first", "second", "head"]
     assert [layer.kind for layer in task.layers] == ["conv2d", "conv2d", "map"]
     assert {"w0", "w1", "b1", "w3", "b3"} == set(task.trainable), "the excluded layer's own are not trained"
+
+
+def test_what_stands_before_all_that_was_changed_is_not_trained(bench: Workbench) -> None:
+    task = bench.task
+    chain = {"second": bench._original["second"].fits["channel"].factors((2,))}
+    network = Network(chain)
+    names = trainable_names(task, network, build(task, network, batched=True))
+    assert set(names) == {*stage_names(task.layers[1], chain["second"]), "w3", "b3"}
+    assert set(trainable_names(task, Network(), task.batched)) == set(task.trainable)
+    early = Network(chain, {"w0": np.zeros((1,), np.float32)})  # was trained, and is so again
+    graph = build(task, Network(chain), batched=True)
+    assert {"w0", "w3", "b3"} < set(trainable_names(task, early, graph))
 
 
 def test_an_empty_network_is_the_model_itself(task: Task) -> None:
@@ -362,7 +375,7 @@ def test_truncating_trained_weights_is_nearer_than_starting_anew(bench: Workbenc
         return divergence(bench.task.loss, [[wanted]], [[outputs(build(bench.task, candidate.network), fresh)]])
 
     assert smaller.divergence == pytest.approx(away(smaller), rel=0.5)
-    assert away(smaller) < 0.5 * away(anew)
+    assert away(smaller) < 0.7 * away(anew)
 
 
 @pytest.mark.usefixtures("kept")
