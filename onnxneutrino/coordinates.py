@@ -19,10 +19,11 @@ that learning rates mean what they are known for.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from onnxneutrino.directions import Directions
@@ -45,27 +46,25 @@ class Coordinates:
         directions: of what weights multiply.
     """
 
-    origins: Mapping[str, Array]
-    units: Mapping[str, Array]
-    axes: Mapping[str, int]
-    directions: Mapping[str, Directions]
+    origins: Mapping[str, Array] = field(default_factory=dict)
+    units: Mapping[str, Array] = field(default_factory=dict)
+    axes: Mapping[str, int] = field(default_factory=dict)
+    directions: Mapping[str, Directions] = field(default_factory=dict)
 
     def arrays(self, steps: Mapping[str, Array]) -> dict[str, Array]:
         """Arrays at `steps`; those without coordinates are copied."""
-        found = {name: np.array(own) for name, own in steps.items() if name not in self.origins}
-        moved = {name: own for name, own in steps.items() if name in self.origins}
-        followed = {}
+        changes = {name: own * self.units[name] for name, own in steps.items() if name in self.origins}
         for name, own in self.directions.items():
-            rows = moved[name].T if self.axes[name] else moved[name].reshape(len(moved[name]), -1)
+            rows = self._rows(name, changes[name])
             rows = rows + ((rows @ own.vectors) * (own.scales - 1)) @ own.vectors.T
-            moved[name] = rows.T if self.axes[name] else rows.reshape(moved[name].shape)
+            changes[name] = rows.T if self.axes[name] else rows.reshape(changes[name].shape)
             if own.bias:
-                followed[own.bias] = name
-        changed = {name: np.asarray(own * self.units[name], np.float32) for name, own in moved.items()}
-        for bias, name in followed.items():
-            rows = changed[name].T if self.axes[name] else changed[name].reshape(len(changed[name]), -1)
-            changed[bias] -= (rows @ self.directions[name].mean).reshape(changed[bias].shape)
-        return found | {name: np.asarray(self.origins[name] + own, np.float32) for name, own in changed.items()}
+                changes[own.bias] = changes[own.bias] - (rows @ own.mean).reshape(changes[own.bias].shape)
+        found = {name: np.asarray(self.origins[name] + own, np.float32) for name, own in changes.items()}
+        return {name: found[name] if name in found else np.array(own) for name, own in steps.items()}
+
+    def _rows(self, name: str, weight: Array) -> Array:
+        return weight.T if self.axes[name] else weight.reshape(len(weight), -1)
 
 
 def with_coordinates(
@@ -89,15 +88,12 @@ def with_coordinates(
     origins = {name: np.asarray(held[name], np.float32) for name in axes}
     turned = {name: own for name, own in directions.items() if name in origins}
     biases = {own.bias: name for name, own in turned.items() if own.bias in origins}
-    units = {}
-    for name, value in origins.items():
-        axis = axes[name]
-        units[name] = _unit(value, axis, turned.get(name))
+    units = {name: _unit(value, axes[name], turned.get(name)) for name, value in origins.items()}
     for bias, name in biases.items():
         units[bias] = units[name].reshape(origins[bias].shape) * np.float32(turned[name].level)
     own_axes = {name: 0 if axes[name] == 0 else 1 for name in turned}
     coordinates = Coordinates(origins, units, own_axes, turned)
-    return _graph(model, coordinates, biases), coordinates
+    return _graph(model, coordinates), coordinates
 
 
 def _output_axis(node: NodeProto, index: int) -> int | None:
@@ -128,11 +124,12 @@ def _unit(value: Array, axis: int | None, directions: Directions | None) -> Arra
     return np.asarray(np.sqrt(np.maximum(own, LEAST**2 * whole)) / COMMON, np.float32)
 
 
-def _graph(model: ModelProto, coordinates: Coordinates, biases: Mapping[str, str]) -> ModelProto:
-    copy = with_arrays(model, {name: np.zeros_like(value) for name, value in coordinates.origins.items()})
+def _graph(model: ModelProto, coordinates: Coordinates) -> ModelProto:
+    origins = coordinates.origins
+    copy = with_arrays(model, {name: np.zeros_like(value) for name, value in origins.items()})
     graph, nodes = copy.graph, list[NodeProto]()
 
-    def constant(name: str, value: Array | np.ndarray) -> str:
+    def constant(name: str, value: NDArray[Any]) -> str:
         graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
@@ -140,42 +137,29 @@ def _graph(model: ModelProto, coordinates: Coordinates, biases: Mapping[str, str
         nodes.append(helper.make_node(operator, inputs, [output], output, **attributes))
         return output
 
-    def rows(name: str, source: str, output: str) -> str:
-        if coordinates.axes[name]:
-            return add("Transpose", [source], output, perm=[1, 0])
-        return add("Flatten", [source], output, axis=1)
+    def turned(source: str, output: str) -> str:
+        return add("Transpose", [source], output, perm=[1, 0])
 
-    def changed(name: str) -> str:
-        """The tensor of what is added to the origin."""
-        prefix, step = name + PREFIX, name
-        own = coordinates.directions.get(name)
-        if own is not None and len(own.scales):
-            flat = rows(name, name, prefix + "rows")
-            strong = add("MatMul", [flat, constant(prefix + "vectors", own.vectors)], prefix + "strong")
-            back = constant(prefix + "back", ((own.scales - 1) * own.vectors).T)
-            less = add("MatMul", [strong, back], prefix + "less")
-            turned = add("Add", [flat, less], prefix + "turned")
-            if coordinates.axes[name]:
-                step = add("Transpose", [turned], prefix + "step", perm=[1, 0])
-            else:
-                shape = constant(prefix + "shape", np.array(coordinates.origins[name].shape, np.int64))
-                step = add("Reshape", [turned, shape], prefix + "step")
-        return add("Mul", [step, constant(prefix + "unit", coordinates.units[name])], prefix + "change")
+    def reshaped(source: str, name: str, output: str) -> str:
+        return add("Reshape", [source, constant(f"{output}/size", np.array(origins[name].shape, np.int64))], output)
 
-    for name in coordinates.origins:
+    shifts: dict[str, str] = {}
+    for name in sorted(origins, key=lambda name: name not in coordinates.directions):  # weights before their biases
         replace_uses(graph, name, f"{name}{PREFIX}array")
-    for name in sorted(coordinates.origins, key=lambda name: name in biases):  # those that follow a weight come last
-        change = changed(name)
-        if name in biases:
-            weight = biases[name]
-            flat = rows(weight, f"{weight}{PREFIX}change", f"{name}{PREFIX}rows")
-            mean = constant(f"{name}{PREFIX}mean", coordinates.directions[weight].mean[:, None])
-            shift = add("MatMul", [flat, mean], f"{name}{PREFIX}shifts")
-            shape = constant(f"{name}{PREFIX}shape", np.array(coordinates.origins[name].shape, np.int64))
-            shift = add("Reshape", [shift, shape], f"{name}{PREFIX}shift")
-            change = add("Sub", [change, shift], f"{name}{PREFIX}centred")
-        origin = constant(f"{name}{PREFIX}origin", coordinates.origins[name])
-        add("Add", [origin, change], f"{name}{PREFIX}array")
+        at = name + PREFIX
+        change = add("Mul", [name, constant(at + "unit", coordinates.units[name])], at + "scaled")
+        if name in coordinates.directions:
+            own, across = coordinates.directions[name], coordinates.axes[name]
+            rows = turned(change, at + "rows") if across else add("Flatten", [change], at + "rows")
+            strong = add("MatMul", [rows, constant(at + "vectors", own.vectors)], at + "strong")
+            back = constant(at + "back", ((own.scales - 1) * own.vectors).T)
+            rows = add("Add", [rows, add("MatMul", [strong, back], at + "less")], at + "turned")
+            change = turned(rows, at + "change") if across else reshaped(rows, name, at + "change")
+            if own.bias:
+                shifts[own.bias] = add("MatMul", [rows, constant(at + "mean", own.mean[:, None])], at + "shift")
+        if name in shifts:
+            change = add("Sub", [change, reshaped(shifts[name], name, at + "shift")], at + "centred")
+        add("Add", [constant(at + "origin", origins[name]), change], at + "array")
     for node in reversed(nodes):
         graph.node.insert(0, node)
     return copy

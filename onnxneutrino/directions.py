@@ -68,7 +68,7 @@ class CovarianceSketch:
         self._count += len(own)
 
     def directions(self) -> Directions | None:
-        """At most 32 directions; None where rows do not differ, or are not finite."""
+        """At most 32 directions; None where none stands out, or rows are not finite."""
         mean = self._total / max(self._count, 1) * self._centred
         product = self._product / max(self._count, 1) - np.outer(mean, mean @ self._probes)
         variance = (self._squares / max(self._count, 1) - mean @ mean) / len(mean)
@@ -84,6 +84,8 @@ class CovarianceSketch:
         found = np.maximum(sizes**2 - shift, 0)
         level = float(max(found[RANK] if len(found) > RANK else 0.0, LEAST * variance))
         strong = found[:RANK] > level
+        if not strong.any():
+            return None
         scales = np.sqrt(level / found[:RANK][strong])
         vectors = vectors[:, :RANK][:, strong]
         own_mean, own_vectors, own_scales = (np.asarray(own, np.float32) for own in (mean, vectors, scales))

@@ -133,7 +133,7 @@ class Trainer:
         self._feeds = {value.name: element_dtype(value.type.tensor_type.elem_type) for value in graph_model.graph.input}
         self.batch = int(graph_model.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
         self.trainable = consumed(graph_model, trainable)
-        self._coordinates = Coordinates({}, {}, {}, {})
+        self._coordinates = Coordinates()
         if directions is not None and optimizer == "adamw":
             graph_model, self._coordinates = with_coordinates(graph_model, self.trainable, directions)
         self._names = (*self.trainable, *statistics)

@@ -1,13 +1,13 @@
 """The search under hard targets: the cost is known, so all that is left to find is the network that loses least.
 
 A cost is the largest share of a target's limit: a network of at most 1 meets all. One network at the targets is
-trained with nearly all the time; where its untrained drop is large, a larger one is trained first and then cut. With
-a delta that this network does not keep, the rest of the time goes to the smallest network within delta.
+trained with nearly all the time; where its untrained drop is large, a larger one is trained first and then cut. Where
+it is not within delta untrained, it has a part of the time; if it is not then either, the rest goes to the smallest
+network within delta.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from onnxneutrino.bench import Bench, Candidate, Settings, Tell, accepted, drops_by_cost, lost, recorder
@@ -18,7 +18,7 @@ from onnxneutrino.spend import FINEST_RATIO, trim
 
 FIRST_STEP = 1.5
 FIRST_SHARE = 0.35
-TARGET_SHARE = 0.6  # of the time, where a delta may send the search on
+TARGET_SHARE = 0.6  # of the time, where delta may send the search on
 REST_SHARE = 0.45  # of what is then left, for the first step
 
 
@@ -51,7 +51,7 @@ def search_targets(
         if not accepted(plan, settings):
             narrow(bench, settings, time_left, record, [plan])
         return tried
-    end = 0.0 if math.isinf(settings.delta) else (1 - TARGET_SHARE) * time_left()
+    end = 0.0 if accepted(plan, settings) else (1 - TARGET_SHARE) * time_left()
     last = _at_targets(bench, settings, plan, lambda: time_left() - end, record, untrained)
     if (last is not None and accepted(last, settings)) or time_left() < LEAST_SHARE * settings.time_limit:
         return tried
