@@ -546,6 +546,12 @@ def test_hard_targets_are_met_with_nearly_all_the_time_spent_on_one_network() ->
     assert tried[-1].stage == 2
 
 
+def test_a_network_within_delta_untrained_has_all_the_time_too() -> None:
+    tried, own = towards(TargetBench(slope=5.0), delta=100.0)
+    assert [accepted(c, own) for c in tried] == [True, True]
+    assert tried[-1].trained > 0.95 * LIMIT
+
+
 def test_where_much_is_lost_a_larger_network_is_trained_first() -> None:
     bench = TargetBench(slope=60.0)
     tried, own = towards(bench)
