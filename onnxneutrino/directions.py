@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -126,8 +127,8 @@ def input_directions(
 
 def _layers(model: ModelProto, names: Collection[str]) -> list[tuple[NodeProto, str]]:
     """The nodes whose weight no other reads, each with its bias where that is its own and as long as its outputs."""
-    uses = [name for node in model.graph.node for name in node.input]
-    own = {name for name in names if uses.count(name) == 1}
+    uses = Counter(name for node in model.graph.node for name in node.input)
+    own = {name for name in names if uses[name] == 1}
     sizes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
     found = []
     for node in model.graph.node:
