@@ -36,10 +36,7 @@ def anneal(
     generator = np.random.default_rng(seed)
     names = list(options)
     ladders = {name: sorted(options[name], key=lambda option: option.cost) for name in names}
-    place = {
-        name: min(range(len(ladder)), key=lambda i: abs(ladder[i].cost - start[name].cost))
-        for name, ladder in ladders.items()
-    }
+    place = {name: _nearest(ladder, start[name]) for name, ladder in ladders.items()}
     place = _within(ladders, place, budget, generator)
     energy = _energy(ladders, place)
     best, best_energy = dict(place), energy
@@ -56,6 +53,11 @@ def anneal(
             if energy < best_energy and _cost(ladders, place) <= budget:
                 best, best_energy = dict(place), energy
     return {name: ladders[name][index] for name, index in best.items()}
+
+
+def _nearest(ladder: Sequence[Option], option: Option) -> int:
+    """The place of an option, or of that nearest by cost; of several of one cost the one nearest by loss."""
+    return min(range(len(ladder)), key=lambda i: (abs(ladder[i].cost - option.cost), abs(ladder[i].loss - option.loss)))
 
 
 def _energy(ladders: Mapping[str, Sequence[Option]], place: Mapping[str, int]) -> float:

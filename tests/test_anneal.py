@@ -68,6 +68,16 @@ def test_within_budget_and_no_worse_than_a_start_that_is(
         assert total_loss(found) <= total_loss(start) + 1e-9
 
 
+def test_of_options_of_one_cost_it_starts_from_that_of_the_start() -> None:
+    options: Options = {
+        "a": [Option(Choice("svd", (rank,)), cost, loss) for rank, cost, loss in ((1, 2, 2), (2, 1, 1), (3, 2, 0))],
+        "b": [Option(Choice("svd", (1,)), 1, 0)],
+    }
+    start = {"a": options["a"][2], "b": options["b"][0]}
+    for seed in range(8):
+        assert total_loss(anneal(options, start, 3.0, seed)) == 0.0
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_near_the_best_plan_there_is(share: float, seed: int) -> None:
